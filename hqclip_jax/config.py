@@ -1,0 +1,310 @@
+"""The configuration: one frozen, typed tree, and the only place that knows defaults.
+
+A file under `configs/` has `get_config(arg=None) -> Config`; `--config=configs/x.py:arg` names it
+and `--config.optim.lr=1e-3` overrides a field. Everything is validated once, before any compile.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hqclip_jax.data.text import LIST_FORMS
+from hqclip_jax.models.zoo import ARCHITECTURES
+
+
+class ConfigError(ValueError):
+    """A configuration that can't run; the message names the fields and a value that would."""
+
+
+def item(default: Any, doc: str, choices: Sequence[str] = ()) -> Any:
+    """A field with its default, its line in `--help`, and its allowed values."""
+    return field(default=default, metadata={"doc": doc, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: str = item("ViT-B/32", "named architecture", tuple(ARCHITECTURES))
+    image_size: int = item(224, "pixels of the square input")
+    context_length: int = item(77, "text tokens, start and end included")
+    act: str = item("gelu", "activation; OpenAI's weights want quick_gelu", ("gelu", "quick_gelu"))
+    dtype: str = item("bfloat16", "compute type; parameters are float32", ("bfloat16", "float32"))
+    remat: str = item("none", "what a layer recomputes in the backward pass", ("none", "dots", "full"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = item("", "dataset directory that `python -m refine run` wrote")
+    p_desc: float = item(0.5, "probability that the positive text is the description [inferred]")
+    p_neg_desc: float = item(0.5, "probability that the negative is the negative description [inferred]")
+    list_form: str = item("join", "how sentences or tags become one text [inferred]", LIST_FORMS)
+    tag_vocabulary: int = item(10_000, "most frequent tags that the tag head knows [inferred]")
+    max_tags: int = item(32, "tags kept per image")
+    crop_scale: tuple[float, float] = item((0.9, 1.0), "area share of the random crop")
+    threads: int = item(8, "decoding threads per host")
+    prefetch: int = item(64, "records read ahead per host")
+    max_replaced: float = item(0.01, "share of undecodable records above which the run stops")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    contrastive: float = item(1.0, "weight of the image-text contrastive loss")
+    hni: float = item(1.0, "weight of hard negative identification [inferred]; 0 leaves it out")
+    tag: float = item(1.0, "weight of short tag classification [inferred]; 0 leaves it out")
+    tag_form: str = item("softmax", "tag loss [inferred]", ("softmax", "bce"))
+    tag_idf: bool = item(False, "weigh tags by inverse document frequency in the softmax target")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    batch: int = item(4096, "global batch, in images")
+    duration: str = item("12.8M samples", "length of the run: steps, samples or epochs")
+    warmup: str = item("500 steps", "linear warm-up")
+    lr: float = item(5e-4, "peak learning rate")
+    beta1: float = item(0.9, "AdamW")
+    beta2: float = item(0.98, "AdamW")
+    eps: float = item(1e-6, "AdamW")
+    weight_decay: float = item(0.2, "not on norms, biases, class token and logit_scale")
+    clip_norm: float = item(0.0, "global gradient norm to clip at; 0 does not clip")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    replica: int = item(-1, "copies of the model; -1 takes the devices that are left")
+    fsdp: int = item(1, "devices that share one copy's parameters and split the batch")
+    tensor: int = item(1, "devices that share one copy's layers and see the same batch")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: str = item("1000 steps", "between checkpoints; one is always written at the end")
+    keep: int = item(3, "latest checkpoints that stay on disk")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: str = item("50 steps", "between reports")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `validate` has passed on every instance that leaves this module."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    seed: int = item(0, "of initialisation, order, crops and text choices")
+
+    def steps(self, duration: str, records: int, name: str = "duration") -> int:
+        """Optimizer steps in a duration such as "500 steps", "12.8M samples" or "3 epochs".
+
+        Args:
+            duration: number, optional K/M/B, unit.
+            records: size of the data set, for epochs.
+            name: the field, for the error message.
+        """
+        count, unit = parse_duration(duration, name)
+        if unit == "steps":
+            return round(count)
+        samples = count * records if unit == "epochs" else count
+        return math.ceil(samples / self.optim.batch)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+_DURATION = re.compile(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMB]?)\s*(steps?|samples?|epochs?)\s*")
+_SUFFIX = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_duration(text: str, name: str) -> tuple[float, str]:
+    """Splits "12.8M samples" into (12.8e6, "samples")."""
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise ConfigError(
+            f"{name}={text!r} is no duration: write a number and steps, samples or epochs, such as "
+            "'500 steps', '12.8M samples' or '3 epochs'"
+        )
+    number, suffix, unit = match.groups()
+    return float(number) * _SUFFIX[suffix], unit.rstrip("s") + "s"
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every leaf as (dotted name, field, value)."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f, value
+
+
+def validate(config: Config) -> Config:
+    """Returns the configuration, or says which fields disagree.
+
+    Raises:
+        ConfigError: an unknown choice, a number out of range, fields that exclude each other.
+    """
+    for name, f, value in walk(config):
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise ConfigError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+    model, data, optim, loss = config.model, config.data, config.optim, config.loss
+    patch = ARCHITECTURES[model.arch].patch
+    if model.image_size < patch or model.image_size % patch:
+        near = max(1, round(model.image_size / patch)) * patch
+        raise ConfigError(
+            f"model.image_size={model.image_size} is not a multiple of the patch size {patch} of "
+            f"model.arch={model.arch!r}: try {near}"
+        )
+    for name, value in (("data.p_desc", data.p_desc), ("data.p_neg_desc", data.p_neg_desc)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value} is not a probability: give a number from 0 to 1")
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"data.crop_scale={data.crop_scale} is not 0 < low <= high <= 1")
+    positive = {
+        "optim.batch": optim.batch, "optim.lr": optim.lr, "data.threads": data.threads,
+        "data.prefetch": data.prefetch, "data.max_tags": data.max_tags,
+        "checkpoint.keep": config.checkpoint.keep, "mesh.fsdp": config.mesh.fsdp,
+        "mesh.tensor": config.mesh.tensor,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value} must be above 0")
+    if model.context_length < 3:
+        raise ConfigError(f"model.context_length={model.context_length} leaves no room for a word")
+    if loss.contrastive <= 0 and loss.hni <= 0 and loss.tag <= 0:
+        raise ConfigError("loss.contrastive, loss.hni and loss.tag are all 0: nothing to train")
+    if loss.tag > 0 and data.tag_vocabulary <= 0:
+        raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
+    for name in ("optim.duration", "optim.warmup", "checkpoint.every", "log.every"):
+        section, key = name.split(".")
+        if parse_duration(getattr(getattr(config, section), key), name)[0] <= 0 and key != "warmup":
+            raise ConfigError(f"{name} must be above 0")
+    return config
+
+
+def from_json(stored: dict) -> Config:
+    """Rebuilds a stored configuration; a key this version does not know is an error."""
+    config = Config()
+    for section, value in stored.items():
+        pairs = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, leaf in pairs:
+            config = _replace(config, section if key is None else f"{section}.{key}", leaf)
+    return validate(config)
+
+
+def load(spec: str, overrides: dict[str, str]) -> Config:
+    """The configuration of `PATH.py[:ARG]` with `{"optim.lr": "1e-3"}` laid over it.
+
+    Raises:
+        ConfigError: no such file, no `get_config` in it, unknown key, value of another type.
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        known = ", ".join(sorted(str(p) for p in Path(path).parent.glob("*.py"))) or "none there"
+        raise ConfigError(f"--config={path}: no such file; known: {known}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config(arg=None) that returns a Config")
+    config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not a Config")
+    for name, text in overrides.items():
+        config = _replace(config, name, text)
+    return validate(config)
+
+
+def _replace(config: Any, name: str, value: Any) -> Any:
+    """A copy with the dotted field set; strings are read as the field's type."""
+    head, _, rest = name.partition(".")
+    return _replace_at(config, head, rest, name, value)
+
+
+def _replace_at(node: Any, head: str, rest: str, name: str, value: Any) -> Any:
+    known = {f.name for f in dataclasses.fields(node)}
+    if head not in known:
+        every = [n for n, _, _ in walk(Config())]
+        near = difflib.get_close_matches(name, every, 1, 0.5) or difflib.get_close_matches(
+            head, known, 1, 0.3
+        )
+        hint = f"did you mean {near[0]!r}?" if near else f"fields here: {', '.join(sorted(known))}"
+        raise ConfigError(f"unknown config field {name!r}: {hint}")
+    current = getattr(node, head)
+    if dataclasses.is_dataclass(current) != bool(rest):
+        what = "is a section, name a field in it" if not rest else "is no section"
+        raise ConfigError(f"config field {name!r}: {head!r} {what}")
+    if rest:
+        key, _, deeper = rest.partition(".")
+        return dataclasses.replace(
+            node, **{head: _replace_at(current, key, deeper, name, value)}
+        )
+    annotation = typing.get_type_hints(type(node))[head]
+    return dataclasses.replace(node, **{head: _read(value, annotation, name)})
+
+
+def _read(value: Any, annotation: Any, name: str) -> Any:
+    """`value`, a string from the command line or a value from JSON, as the annotated type."""
+    if typing.get_origin(annotation) is tuple:
+        parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+        kinds = typing.get_args(annotation)
+        if len(parts) != len(kinds):
+            raise ConfigError(f"{name}={value!r}: {len(kinds)} numbers, separated by commas")
+        return tuple(_read(p, k, name) for p, k in zip(parts, kinds))
+    if annotation is bool:
+        truth = {"true": True, "false": False, "1": True, "0": False}
+        if str(value).lower() not in truth:
+            raise ConfigError(f"{name}={value!r} is not true or false")
+        return truth[str(value).lower()]
+    try:
+        # "4_096" and "1e3" are both how people write a batch size.
+        if annotation is int and isinstance(value, str) and "e" in value.lower():
+            number = float(value)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return annotation(value)
+    except ValueError as e:
+        raise ConfigError(f"{name}={value!r} is not of type {annotation.__name__}") from e
+
+
+def describe(config: Config = Config()) -> str:
+    """Every field with its value and meaning, for `--help`."""
+    rows = []
+    for name, f, value in walk(config):
+        choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append(f"  --config.{name}={value}\n      {f.metadata['doc']}{choices}")
+    return "\n".join(rows)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates `--config.a.b=value` (or `--config.a.b value`) from the other arguments."""
+    overrides: dict[str, str] = {}
+    others: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(arguments, None)
+            if value is None:
+                raise ConfigError(f"--config.{name} has no value")
+        overrides[name] = value
+    return overrides, others
+
+

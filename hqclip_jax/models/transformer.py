@@ -1,0 +1,86 @@
+"""The pre-norm transformer that both towers share: layers stacked in one array and scanned."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hqclip_jax.models.zoo import Tower
+
+LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's weights were trained with it
+}
+
+# What a layer keeps for the backward pass; the rest is computed again.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=LN_EPSILON, dtype=dtype, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)); initialised as OpenCLIP's text tower."""
+
+    def __init__(self, tower: Tower, act: str, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        width, head = tower.width, tower.width // tower.heads
+        normal = nnx.initializers.normal
+        residual_std = width**-0.5 * (2 * tower.layers) ** -0.5
+        self.ln_1 = layer_norm(width, dtype, rngs)
+        self.qkv = nnx.LinearGeneral(
+            width, (3, tower.heads, head), dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
+        )
+        self.out = nnx.LinearGeneral(
+            (tower.heads, head), width, axis=(-2, -1), dtype=dtype,
+            kernel_init=normal(residual_std), rngs=rngs,
+        )  # fmt: skip
+        self.ln_2 = layer_norm(width, dtype, rngs)
+        self.mlp_in = nnx.Linear(
+            width, tower.mlp, dtype=dtype, kernel_init=normal((2 * width) ** -0.5), rngs=rngs
+        )
+        self.mlp_out = nnx.Linear(
+            tower.mlp, width, dtype=dtype, kernel_init=normal(residual_std), rngs=rngs
+        )
+        self.act = act
+
+    def __call__(self, x_BxLxD: jax.Array, *, causal: bool) -> jax.Array:
+        q, k, v = jnp.moveaxis(self.qkv(self.ln_1(x_BxLxD)), -3, 0)
+        x_BxLxD += self.out(jax.nn.dot_product_attention(q, k, v, is_causal=causal))
+        hidden = ACTIVATIONS[self.act](self.mlp_in(self.ln_2(x_BxLxD)))
+        return x_BxLxD + self.mlp_out(hidden)
+
+
+class Transformer(nnx.Module):
+    """`tower.layers` blocks whose parameters carry a leading layer axis.
+
+    One block is traced and compiled, whatever the depth; `remat` names what each keeps.
+    """
+
+    def __init__(
+        self, tower: Tower, act: str, dtype: jnp.dtype, remat: str, causal: bool, *, rngs: nnx.Rngs
+    ) -> None:
+        stack = nnx.vmap(lambda rngs: Block(tower, act, dtype, rngs=rngs), in_axes=0, out_axes=0)
+        self.blocks = nnx.split_rngs(splits=tower.layers)(stack)(rngs)
+        self.remat = remat
+        self.causal = causal
+
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        graphdef, layers = nnx.split(self.blocks)
+
+        def block(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, causal=self.causal), None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            # Inside a scan nothing can be merged back, so the barrier would only cost time.
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return jax.lax.scan(block, x_BxLxD, layers)[0]

@@ -1,0 +1,43 @@
+"""Named architectures, with the published widths (OpenAI CLIP and OpenCLIP's model configs)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A transformer's shape; `mlp` is the hidden width of its feed-forward layers."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An image tower over square patches of `patch` pixels, a text tower, a shared space."""
+
+    vision: Tower
+    patch: int
+    text: Tower
+    embed_dim: int
+
+
+def _tower(width: int, layers: int, heads: int, mlp_ratio: float = 4.0) -> Tower:
+    return Tower(width, layers, heads, int(width * mlp_ratio))
+
+
+_B_VISION, _B_TEXT = _tower(768, 12, 12), _tower(512, 12, 8)
+
+ARCHITECTURES = {
+    # Ours, for demonstrations and small data: head width 64 like OpenCLIP's default.
+    "ViT-Pico/8": Architecture(_tower(128, 4, 2), 8, _tower(128, 3, 2), 128),
+    "ViT-Nano/8": Architecture(_tower(192, 6, 3), 8, _tower(192, 4, 3), 192),
+    "ViT-S/32": Architecture(_tower(384, 12, 6), 32, _tower(384, 12, 6), 384),
+    "ViT-B/32": Architecture(_B_VISION, 32, _B_TEXT, 512),
+    "ViT-B/16": Architecture(_B_VISION, 16, _B_TEXT, 512),
+    "ViT-L/14": Architecture(_tower(1024, 24, 16), 14, _tower(768, 12, 12), 768),
+    "ViT-H/14": Architecture(_tower(1280, 32, 16), 14, _tower(1024, 24, 16), 1024),
+    "ViT-g/14": Architecture(_tower(1408, 40, 16, 4.3637), 14, _tower(1024, 24, 16), 1024),
+    "ViT-bigG/14": Architecture(_tower(1664, 48, 16, 4.9231), 14, _tower(1280, 32, 20), 1280),
+}
