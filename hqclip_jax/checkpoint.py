@@ -1,0 +1,241 @@
+"""Checkpoints: train state, data position and all that describes the run, through Orbax.
+
+One checkpoint is a directory named by its step, holding `params`, `rest` (step and optimizer
+moments) and `run` (JSON: data position, config, tag vocabulary, tokenizer). Restoring is always
+against the mesh at hand, and evaluation reads `params` and `run` alone.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hqclip_jax import config as config_lib
+from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.data.tags import TagVocabulary
+from hqclip_jax.data.tokenizer import TOKENIZERS, ClipTokenizer
+from hqclip_jax.models.clip import CLIP
+from hqclip_jax.sharding import make_mesh, tree_shardings
+from hqclip_jax.step import TrainState
+
+FOLDER = "checkpoints"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used here; the message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        config: the whole configuration.
+        position: records consumed globally, by source.
+        tags: the tag head's vocabulary, None where there is no head.
+        tokenizer: name of the tokenizer.
+        seconds: wall time spent in training so far.
+    """
+
+    config: Config
+    position: dict[str, int]
+    tags: TagVocabulary | None
+    tokenizer: str = ClipTokenizer.name
+    seconds: float = 0.0
+
+    def to_json(self) -> dict:
+        return {
+            "format": FORMAT,
+            "config": self.config.to_json(),
+            "position": self.position,
+            "tags": self.tags and self.tags.to_json(),
+            "tokenizer": self.tokenizer,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict) -> "RunInfo":
+        return cls(
+            config=config_lib.from_json(stored["config"]),
+            position=stored["position"],
+            tags=stored["tags"] and TagVocabulary.from_json(stored["tags"]),
+            tokenizer=stored["tokenizer"],
+            seconds=stored["seconds"],
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Orbax renames a step's directory when it is complete, so an
+    interrupted save is never seen."""
+
+    def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False) -> None:
+        """Args:
+        workdir: the run's directory; the checkpoints lie in its `checkpoints`.
+        keep: latest checkpoints that stay; None keeps all.
+        read_only: never creates or deletes anything.
+        """
+        self.directory = Path(workdir).absolute() / FOLDER
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("params", "rest", "run"),
+            item_handlers={
+                "params": ocp.PyTreeCheckpointHandler(),
+                "rest": ocp.PyTreeCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=not read_only, read_only=read_only
+            ),
+        )
+
+    def save(self, step: int, state: TrainState, info: RunInfo) -> None:
+        """Copies the state to the host and writes it in the background."""
+        if step in self.manager.all_steps():
+            return
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(state.params),
+                rest=ocp.args.PyTreeSave(rest),
+                run=ocp.args.JsonSave(info.to_json()),
+            ),
+        )
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def info(self, step: int) -> RunInfo:
+        stored = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        return RunInfo.from_json(stored.run)
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The whole state, laid out as the shardings of `abstract` say."""
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(params=_restore_args(abstract.params), rest=_restore_args(rest)),
+        )
+        return TrainState(restored.rest["step"], restored.params, restored.rest["opt_state"])
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        restored = self.manager.restore(
+            step, args=ocp.args.Composite(params=_restore_args(abstract))
+        )
+        return restored.params
+
+    def close(self) -> None:
+        """Waits for the last save and reports its error, if any."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+
+
+def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path) -> None:
+    """Refuses to continue another model.
+
+    Raises:
+        CheckpointError: names the fields that disagree.
+    """
+    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(stored.config.model)
+    # These two change speed and memory, not the parameters.
+    differ = [k for k in ours if ours[k] != theirs[k] and k not in ("dtype", "remat")]
+    lines = [f"model.{k} is {theirs[k]!r} there, {ours[k]!r} here" for k in differ]
+    stored_tags = len(stored.tags) if stored.tags else 0
+    if stored_tags != num_tags:
+        lines.append(f"the tag head has {stored_tags} classes there, {num_tags} here")
+    if lines:
+        raise CheckpointError(
+            f"{where} holds a checkpoint of another model: {'; '.join(lines)}. Use another "
+            "--workdir, or the configuration it was trained with"
+        )
+
+
+@dataclass(frozen=True)
+class RestoredModel:
+    """A model ready to embed: `nnx.merge(model, params)` gives the towers.
+
+    Attributes:
+        step: of the checkpoint.
+        config: the run's, from the checkpoint.
+        model: graph definition, without the tag head's classes changed.
+        params: f32 arrays on `mesh`.
+        tokenizer: the one it was trained with, at its context length.
+        tags: vocabulary of the tag head, or None.
+        mesh: all devices at hand, as replicas.
+    """
+
+    step: int
+    config: Config
+    model: nnx.GraphDef
+    params: Any
+    tokenizer: ClipTokenizer
+    tags: TagVocabulary | None
+    mesh: Mesh
+
+
+def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel:
+    """Restores the parameters of a run for evaluation; everything else is read from there too.
+
+    Args:
+        workdir: the run's directory, its `checkpoints`, or one step in it.
+        step: which checkpoint; the latest by default.
+
+    Raises:
+        CheckpointError: no committed checkpoint there, or one that this version can't read.
+    """
+    path = Path(workdir).absolute()
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        step, path = int(path.name), path.parent
+    if path.name == FOLDER:
+        path = path.parent
+    if not (path / FOLDER).is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint: give the --workdir of a run, which has a {FOLDER!r} in it"
+        )
+    checkpoints = Checkpoints(path, read_only=True)
+    known = sorted(checkpoints.manager.all_steps())
+    if not known:
+        raise CheckpointError(f"{path / FOLDER} holds no finished checkpoint yet")
+    if step is not None and step not in known:
+        raise CheckpointError(f"{path / FOLDER} has no step {step}; it has {known}")
+    step = known[-1] if step is None else step
+    try:
+        info = checkpoints.info(step)
+    except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as e:
+        raise CheckpointError(f"{path / FOLDER / str(step)} was not written by this code: {e}") from e
+    tokenizer = TOKENIZERS[info.tokenizer](info.config.model.context_length)
+    mesh = make_mesh(config_lib.MeshConfig(), len(jax.devices()))
+    num_tags = len(info.tags) if info.tags else 0
+    model, shapes = nnx.split(
+        nnx.eval_shape(
+            lambda: CLIP(info.config.model, tokenizer.vocab_size, num_tags, rngs=nnx.Rngs(0))
+        ),
+        nnx.Param,
+    )
+    shapes = nnx.to_pure_dict(shapes)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+    try:
+        params = checkpoints.restore_params(step, abstract)
+    except (ValueError, KeyError) as e:
+        raise CheckpointError(
+            f"{path / FOLDER / str(step)} does not fit model.arch={info.config.model.arch!r}: {e}"
+        ) from e
+    checkpoints.manager.close()
+    return RestoredModel(step, info.config, model, params, tokenizer, info.tags, mesh)
