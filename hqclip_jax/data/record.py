@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
@@ -124,7 +125,7 @@ def features() -> tfds.features.FeaturesDict:
     text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
     spec: dict = {"image": tfds.features.Image(shape=(None, None, 3))}
     spec |= dict.fromkeys(STRINGS, text) | dict.fromkeys(LISTS, texts)
-    spec |= dict.fromkeys(INTEGERS, tfds.features.Scalar("int64"))
+    spec |= dict.fromkeys(INTEGERS, tfds.features.Scalar(np.int64))
     return tfds.features.FeaturesDict(spec)
 
 
