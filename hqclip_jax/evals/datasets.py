@@ -1,0 +1,283 @@
+"""Readers of evaluation sets, streaming from tars: images pass, labels and texts stay.
+
+Three layouts: CLIP_benchmark's folder (`classnames.txt`, `zeroshot_classification_templates.txt`,
+`test/nshards.txt`, `test/0.tar`, ...), tars of images with captions as img2dataset writes them,
+and hard negatives, either in such tars or as SugarCrepe's JSON beside the images.
+"""
+
+import json
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's key: up to the name's first dot
+
+
+class EvalDataError(ValueError):
+    """An evaluation set that is missing or broken; the message names the file and the mend."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded image and where it came from, for error messages."""
+
+    source: str
+    image: bytes
+
+
+@dataclass(frozen=True)
+class Labelled(Example):
+    label: int
+
+
+@dataclass(frozen=True)
+class Captioned(Example):
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A true caption and a false one; `category` says in what they differ, if anyone said."""
+
+    caption: str
+    negative: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Contrasted(Example):
+    choices: tuple[Choice, ...]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise EvalDataError(f"{path} is missing") from e
+    except UnicodeDecodeError as e:
+        raise EvalDataError(f"{path} is not UTF-8 text: {e}") from e
+
+
+def _read_json(text: str | bytes, source: str) -> dict | list:
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise EvalDataError(f"{source} is not JSON: {e}") from e
+
+
+def tar_files(path: str | Path) -> list[Path]:
+    """The tars of a set: one tar, a folder of tars, or CLIP_benchmark's `test/0.tar` and on.
+
+    Raises:
+        EvalDataError: nothing there, or fewer tars than `nshards.txt` promises.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise EvalDataError(f"{path} is missing")
+    count = path / "test" / "nshards.txt"
+    if not count.exists():
+        if tars := sorted(path.glob("*.tar")):
+            return tars
+        raise EvalDataError(f"{path} holds neither test/nshards.txt nor a .tar")
+    text = _read_text(count).strip()
+    if not text.isdecimal() or int(text) == 0:
+        raise EvalDataError(f"{count} holds {text[:40]!r}: write the number of tars beside it")
+    tars = [path / "test" / f"{i}.tar" for i in range(int(text))]
+    if missing := [t.name for t in tars if not t.exists()]:
+        raise EvalDataError(
+            f"{count} promises {len(tars)} tars, missing beside it: {', '.join(missing[:8])}"
+            + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        )
+    return tars
+
+
+def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields (source, {lower-case suffix: bytes}) for each run of members with one key.
+
+    Raises:
+        EvalDataError: not a tar, or cut short.
+    """
+    key, sample = "", {}
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                match = _MEMBER.fullmatch(member.name)
+                if not member.isfile() or not match:
+                    continue
+                if sample and match[1] != key:
+                    yield f"{path}:{key}", sample
+                    sample = {}
+                key = match[1]
+                sample[match[2].lower()] = tar.extractfile(member).read()
+            end = tar.offset
+    except tarfile.TarError as e:
+        raise EvalDataError(f"{path} is cut short or no uncompressed tar: {e}") from e
+    with path.open("rb") as file:
+        file.seek(end)
+        # `tarfile` takes a broken header, or no more bytes, for a complete archive's end.
+        if file.read(1024) != bytes(1024):
+            raise EvalDataError(f"{path} is broken or cut short at byte {end:,}: copy it again")
+    if sample:
+        yield f"{path}:{key}", sample
+
+
+def _image(source: str, sample: dict[str, bytes]) -> bytes:
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in sample:
+            return sample[suffix]
+    raise EvalDataError(
+        f"{source} has no image (.{', .'.join(IMAGE_SUFFIXES)}), only .{', .'.join(sample)}: "
+        "members of one key must follow each other"
+    )
+
+
+def _metadata(source: str, sample: dict[str, bytes]) -> dict:
+    stored = _read_json(sample.get("json", b"{}"), source + ".json")
+    if not isinstance(stored, dict):
+        raise EvalDataError(f"{source}.json is not a JSON object")
+    return stored
+
+
+def _captions(stored: dict) -> tuple[str, ...]:
+    captions = stored.get("captions") or [stored.get("caption") or ""]
+    return tuple(c.strip() for c in captions if c.strip())
+
+
+@dataclass(frozen=True)
+class ClassificationFolder:
+    """A classification set in CLIP_benchmark's layout; iterating yields `Labelled`."""
+
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    tars: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ClassificationFolder":
+        """Reads names and templates, and checks that all tars are there.
+
+        Raises:
+            EvalDataError: a file missing, a template without `{c}`, a set of several labels.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise EvalDataError(f"{folder} is missing")
+        kind = folder / "dataset_type.txt"
+        if kind.exists() and (found := _read_text(kind).strip()) != "classification":
+            raise EvalDataError(f"{kind} says {found!r}: this reader takes one label per image")
+        classnames = _lines(folder / "classnames.txt")
+        file = folder / "zeroshot_classification_templates.txt"
+        templates = _lines(file)
+        for template in templates:
+            if "{c}" not in template:
+                raise EvalDataError(f"{file}: {template!r} has no {{c}} where the class goes")
+        return cls(classnames, templates, tuple(tar_files(folder)))
+
+    def __iter__(self) -> Iterator[Labelled]:
+        for tar in self.tars:
+            for source, sample in read_tar(tar):
+                text = sample.get("cls", b"").decode(errors="replace").strip()
+                if not text.isdecimal() or int(text) >= len(self.classnames):
+                    raise EvalDataError(
+                        f"{source}.cls holds {text[:40]!r}, not a class from 0 to "
+                        f"{len(self.classnames) - 1}"
+                    )
+                yield Labelled(source, _image(source, sample), int(text))
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    """Stripped lines. Only the file's end may be blank: a class's number is its line's."""
+    lines = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
+    if not lines or not all(lines):
+        raise EvalDataError(f"{path} is empty or has a blank line among its {len(lines)}")
+    return lines
+
+
+def read_captioned(path: str | Path) -> Iterator[Captioned]:
+    """Images with one or more captions each.
+
+    The captions are `captions` or `caption` of `KEY.json`, else the lines of `KEY.txt`, as
+    CLIP_benchmark's retrieval sets have them.
+    """
+    for tar in tar_files(path):
+        for source, sample in read_tar(tar):
+            captions = _captions(_metadata(source, sample))
+            if not captions:
+                lines = sample.get("txt", b"").decode(errors="replace").splitlines()
+                captions = tuple(line.strip() for line in lines if line.strip())
+            if not captions:
+                raise EvalDataError(
+                    f"{source} has no caption: neither `captions` or `caption` in .json, nor .txt"
+                )
+            yield Captioned(source, _image(source, sample), captions)
+
+
+def read_contrasted(path: str | Path) -> Iterator[Contrasted]:
+    """Tars of `KEY.jpg` and `KEY.json` with `negative_caption` and `caption` (or `captions`, of
+    which the first is taken), and perhaps `category`."""
+    for tar in tar_files(path):
+        for source, sample in read_tar(tar):
+            stored = _metadata(source, sample)
+            stored["caption"] = next(iter(_captions(stored)), "")
+            choice = _choice(stored, source + ".json", stored.get("category", ""))
+            yield Contrasted(source, _image(source, sample), (choice,))
+
+
+def read_sugarcrepe(path: str | Path, images: str | Path) -> Iterator[Contrasted]:
+    """SugarCrepe's items beside the images they name.
+
+    Args:
+        path: JSON, a list or dict of items with `filename`, `caption`, `negative_caption` and
+            perhaps `category`; or the folder of its seven files, each a category by its name.
+        images: the folder of those files, or tars whose keys are their names without suffix.
+
+    Raises:
+        EvalDataError: an item without one of the fields, or without its image.
+    """
+    path, images = Path(path), Path(images)
+    by_image: dict[str, list[Choice]] = defaultdict(list)
+    names: dict[str, str] = {}
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        items = _read_json(_read_text(file), str(file))
+        for item in items.values() if isinstance(items, dict) else items:
+            if "filename" not in item:
+                raise EvalDataError(f"{file}: an item has no `filename`: {str(item)[:80]}")
+            stem = Path(item["filename"]).stem
+            names[stem] = item["filename"]
+            by_image[stem].append(_choice(item, str(file), item.get("category", file.stem)))
+    if not names:
+        raise EvalDataError(f"{path} holds no items")
+    yield from _join(by_image, names, images)
+
+
+def _join(
+    by_image: dict[str, list[Choice]], names: dict[str, str], images: Path
+) -> Iterator[Contrasted]:
+    if images.is_dir() and not any(images.glob("*.tar")):
+        for stem, choices in by_image.items():
+            file = images / names[stem]
+            if not file.exists():
+                raise EvalDataError(f"{file} is missing, and has {len(choices)} items")
+            yield Contrasted(str(file), file.read_bytes(), tuple(choices))
+        return
+    waiting = dict(by_image)
+    for tar in tar_files(images):
+        for source, sample in read_tar(tar):
+            choices = waiting.pop(Path(source).name.rpartition(":")[2], None)
+            if choices is not None:
+                yield Contrasted(source, _image(source, sample), tuple(choices))
+    if waiting:
+        some = ", ".join(names[stem] for stem in list(waiting)[:5])
+        raise EvalDataError(f"{images} lacks {len(waiting)} images that items name: {some}")
+
+
+def _choice(item: dict, source: str, category: str) -> Choice:
+    for field in ("caption", "negative_caption"):
+        if not isinstance(item.get(field), str) or not item[field].strip():
+            raise EvalDataError(f"{source} has no `{field}`: {str(item)[:80]}")
+    return Choice(item["caption"].strip(), item["negative_caption"].strip(), category)

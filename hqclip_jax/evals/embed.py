@@ -1,0 +1,171 @@
+"""Images and texts to embeddings: decoding ahead in threads, fixed shapes, the whole mesh."""
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hqclip_jax.data.image import ImageError, eval_transform, open_rgb
+from hqclip_jax.data.text import clean
+from hqclip_jax.evals.datasets import EvalDataError, Example
+from hqclip_jax.sharding import BATCH_AXES, batch_sharding, replicated
+
+AHEAD = 2  # batches that are decoded while the device works on another
+
+E = TypeVar("E", bound=Example)
+T = TypeVar("T")
+
+
+class EmbeddingError(RuntimeError):
+    """The model's embeddings are of no use; the message says why."""
+
+
+@functools.lru_cache(maxsize=8)
+def _encoders(graphdef: nnx.GraphDef, mesh: Mesh) -> tuple[Callable, Callable]:
+    """Jitted once per architecture and mesh, however many embedders training makes.
+
+    The result is replicated, so that every host of a pod can read all of it.
+    """
+
+    def encode(method: str) -> Callable:
+        def apply(params: Any, batch: jax.Array) -> jax.Array:
+            return getattr(nnx.merge(graphdef, params), method)(batch)
+
+        return jax.jit(apply, out_shardings=replicated(mesh))
+
+    return encode("encode_image"), encode("encode_text")
+
+
+class Embedder:
+    """A model's two towers as functions from encoded images and strings to numpy arrays.
+
+    On a pod every host must call the same methods with the same data: each decodes whole batches
+    and puts its own devices' rows on them.
+
+    Args:
+        graphdef: of a module with `encode_image` (uint8 [b, s, s, 3]) and `encode_text`
+            (int32 [b, L]), both to unit vectors f32 [b, D].
+        params: pure dict; arrays that lie on the mesh stay as they are, others are replicated.
+        tokenizer: cleaned texts to int32 [n, L].
+        image_size: s, pixels.
+        mesh: with the axes of `hqclip_jax.sharding`.
+        batch: images or texts per step over the whole mesh, rounded up to what divides it.
+        threads: decoding threads; by default one per core.
+
+    Attributes:
+        on_embedded: called with the number of images or texts that were just embedded.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Any,
+        tokenizer: Callable[[Sequence[str]], np.ndarray],
+        image_size: int,
+        mesh: Mesh,
+        batch: int = 256,
+        threads: int | None = None,
+    ) -> None:
+        rows = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+        self.batch = -(-batch // rows) * rows
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.threads = threads or os.cpu_count()
+        self.on_embedded: Callable[[int], None] | None = None
+        self._sharding = batch_sharding(mesh)
+        self._encode_image, self._encode_text = _encoders(graphdef, mesh)
+        on_mesh = set(mesh.devices.flat)
+        self._params = jax.tree.map(
+            lambda x: x
+            if isinstance(x, jax.Array) and x.sharding.device_set == on_mesh
+            else jax.device_put(x, replicated(mesh)),
+            params,
+        )
+
+    def images(self, examples: Iterable[E]) -> Iterator[tuple[list[E], np.ndarray]]:
+        """Yields the examples in order, batch by batch, each batch with its f32 [n, D].
+
+        Raises:
+            EvalDataError: an image does not decode. A score over fewer images would be another
+                benchmark's, so nothing is skipped.
+            EmbeddingError: an embedding is not finite.
+        """
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                yield from self._stream(self._decoded(examples, pool), self._encode_image)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """f32 [n, D]. Texts of equal token ids, cut ends included, get equal embeddings to the bit.
+
+        Raises:
+            EmbeddingError: an embedding is not finite.
+        """
+        tokens = np.asarray(self.tokenizer([clean(text) for text in texts]))
+        unique, index = np.unique(tokens, axis=0, return_inverse=True)
+        rows = ((batch, np.stack(batch)) for batch in _batched(unique, self.batch))
+        z = np.concatenate([z for _, z in self._stream(rows, self._encode_text)])
+        return z[index.reshape(-1)]
+
+    def _decoded(
+        self, examples: Iterable[E], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[list[E], np.ndarray]]:
+        waiting: deque = deque()
+        for batch in _batched(examples, self.batch):
+            waiting.append((batch, [pool.submit(self._decode, e) for e in batch]))
+            if len(waiting) > AHEAD:
+                done, futures = waiting.popleft()
+                yield done, np.stack([f.result() for f in futures])
+        for done, futures in waiting:
+            yield done, np.stack([f.result() for f in futures])
+
+    def _decode(self, example: Example) -> np.ndarray:
+        try:
+            return eval_transform(open_rgb(example.image), self.image_size)
+        except ImageError as e:
+            raise EvalDataError(f"{example.source}: {e}; fetch the set again") from e
+
+    def _stream(
+        self, batches: Iterable[tuple[list[T], np.ndarray]], encode: Callable
+    ) -> Iterator[tuple[list[T], np.ndarray]]:
+        """Encodes each batch while the one before it is fetched, so that the device never waits."""
+        before = None
+        for items, rows in batches:
+            now = items, encode(self._params, self._put(rows))
+            if before:
+                yield self._fetch(*before)
+            before = now
+        if before:
+            yield self._fetch(*before)
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        """Pads with zeros to the one shape that was compiled, and splits over the mesh."""
+        padded = np.zeros((self.batch, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        with jax.transfer_guard_host_to_device("allow"):  # JAX counts this form as implicit
+            return jax.make_array_from_callback(padded.shape, self._sharding, lambda i: padded[i])
+
+    def _fetch(self, items: list[T], z_bxD: jax.Array) -> tuple[list[T], np.ndarray]:
+        z_nxD = jax.device_get(z_bxD)[: len(items)]
+        if not np.isfinite(z_nxD).all():
+            # NaN compares as smaller than anything: it would score, and score well.
+            raise EmbeddingError("embeddings are not finite: the checkpoint has diverged")
+        if self.on_embedded:
+            self.on_embedded(len(items))
+        return items, z_nxD
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`itertools.batched`, which Python 3.11 lacks."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,210 @@
+import json
+import tarfile
+
+import pytest
+
+from hqclip_jax.evals.datasets import (
+    Choice,
+    ClassificationFolder,
+    EvalDataError,
+    read_captioned,
+    read_contrasted,
+    read_sugarcrepe,
+    read_tar,
+    tar_files,
+)
+
+from .colours import picture, write_classification, write_tar
+
+
+def test_members_are_grouped_by_key_up_to_the_first_dot(tmp_path):
+    tar = write_tar(
+        tmp_path / "0.tar",
+        {"d.0/a.JPG": "1", "d.0/a.txt": "2", "README": "-", "d.1/a.seg.png": "3", "._b.jpg": "-"},
+    )
+    assert list(read_tar(tar)) == [
+        (f"{tar}:d.0/a", {"jpg": b"1", "txt": b"2"}),
+        (f"{tar}:d.1/a", {"seg.png": b"3"}),
+    ]
+
+
+def test_cut_broken_or_compressed_tar_is_refused(tmp_path):
+    # 1536 bytes a member: a header and two blocks
+    whole = write_tar(tmp_path / "0.tar", {f"{i}.txt": "x" * 900 for i in range(9)}).read_bytes()
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(whole[: 4 * 1536 + 700])
+    with pytest.raises(EvalDataError, match=r"bad\.tar is cut short or no uncompressed tar: unexp"):
+        list(read_tar(bad))
+    broken = bytearray(whole)
+    broken[4 * 1536] ^= 1
+    for content in (whole[: 4 * 1536], broken):  # where tarfile sees a regular end
+        bad.write_bytes(content)
+        with pytest.raises(EvalDataError, match=r"bad\.tar is broken or cut short at byte 6,144"):
+            list(read_tar(bad))
+    with tarfile.open(bad, "w:gz") as tar:
+        tar.add(tmp_path / "0.tar", "0.txt")
+    with pytest.raises(EvalDataError, match="no uncompressed tar"):
+        list(read_tar(bad))
+
+
+def test_tar_files_of_every_layout(tmp_path):
+    one = write_tar(tmp_path / "plain" / "b.tar", {"0.txt": ""})
+    two = write_tar(tmp_path / "plain" / "a.tar", {"0.txt": ""})
+    assert tar_files(one) == [one]
+    assert tar_files(one.parent) == [two, one]
+    counted = tmp_path / "wds"
+    shards = [write_tar(counted / "test" / f"{i}.tar", {"0.txt": ""}) for i in range(11)]
+    (counted / "test" / "nshards.txt").write_text("11\n")
+    assert tar_files(counted) == shards  # 10 after 9, not after 1
+    shards[3].unlink()
+    with pytest.raises(EvalDataError, match=r"promises 11 tars, missing beside it: 3\.tar"):
+        tar_files(counted)
+    (counted / "test" / "nshards.txt").write_text("many")
+    with pytest.raises(EvalDataError, match=r"nshards\.txt holds 'many'"):
+        tar_files(counted)
+    with pytest.raises(EvalDataError, match="nothing is missing"):
+        tar_files(tmp_path / "nothing")
+    with pytest.raises(EvalDataError, match=r"neither test/nshards\.txt nor a \.tar"):
+        tar_files(tmp_path)
+
+
+def test_classification_folder(tmp_path):
+    folder = write_classification(tmp_path / "set", {"red": 0, "blue": 2})
+    data = ClassificationFolder.open(folder)
+    assert data.classnames == ("red", "green", "blue", "yellow", "cyan")
+    assert data.templates == ("a {c} thing", "some {c}")
+    examples = list(data)
+    assert [e.label for e in examples] == [0, 2]
+    assert [e.image for e in examples] == [picture("red"), picture("blue")]
+    assert examples[1].source == f"{folder}/test/0.tar:s1"
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("classnames.txt", None, r"classnames\.txt is missing"),
+        ("classnames.txt", "a\n\nb", "blank line among its 3"),
+        ("classnames.txt", "", "is empty"),
+        ("zeroshot_classification_templates.txt", "a {}", r"'a \{\}' has no \{c\}"),
+        ("dataset_type.txt", "multilabel", "says 'multilabel'"),
+        ("test/nshards.txt", "2", r"missing beside it: 1\.tar"),
+    ],
+)
+def test_unusable_classification_folder(tmp_path, file, content, message):
+    folder = write_classification(tmp_path, {"red": 0})
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(EvalDataError, match=message):
+        ClassificationFolder.open(folder)
+
+
+@pytest.mark.parametrize("label", ["5", "-1", "cat", ""])
+def test_label_that_is_no_class(tmp_path, label):
+    folder = write_classification(tmp_path, {"red": 0})
+    write_tar(folder / "test" / "0.tar", {"k.png": picture("red"), "k.cls": label})
+    with pytest.raises(EvalDataError, match=r"0\.tar:k\.cls holds .* not a class from 0 to 4"):
+        list(ClassificationFolder.open(folder))
+
+
+def test_captions_from_json_or_lines(tmp_path):
+    tar = write_tar(
+        tmp_path / "0.tar",
+        {
+            "a.jpg": "A", "a.txt": "first", "a.json": json.dumps({"captions": ["one", " two "]}),
+            "b.webp": "B", "b.json": json.dumps({"caption": "three"}),
+            "c.png": "C", "c.txt": "four\n\nfive\n",
+        },
+    )  # fmt: skip
+    found = [(e.image, e.captions) for e in read_captioned(tar)]
+    assert found == [(b"A", ("one", "two")), (b"B", ("three",)), (b"C", ("four", "five"))]
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"k.jpg": "", "k.json": '{"caption": ""}'}, "0.tar:k has no caption"),
+        ({"k.jpg": "", "k.json": "{"}, "k.json is not JSON"),
+        ({"k.jpg": "", "k.json": "[]"}, "k.json is not a JSON object"),
+        ({"k.txt": "a caption"}, r"0.tar:k has no image .* only .txt"),
+    ],
+)
+def test_unusable_captions(tmp_path, members, message):
+    with pytest.raises(EvalDataError, match=message):
+        list(read_captioned(write_tar(tmp_path / "0.tar", members)))
+
+
+def test_hard_negatives_in_a_tar(tmp_path):
+    one = {"caption": "a dog", "negative_caption": "a cat", "category": "obj"}
+    two = {"captions": ["a hat", "the hat"], "negative_caption": "a cap"}
+    tar = write_tar(
+        tmp_path / "0.tar",
+        {"a.jpg": "A", "a.json": json.dumps(one), "b.png": "B", "b.json": json.dumps(two)},
+    )
+    assert [(e.image, e.choices) for e in read_contrasted(tar)] == [
+        (b"A", (Choice("a dog", "a cat", "obj"),)),
+        (b"B", (Choice("a hat", "a cap", ""),)),
+    ]
+    write_tar(tar, {"a.jpg": "A", "a.json": '{"caption": "a dog"}'})
+    with pytest.raises(EvalDataError, match=r"a\.json has no `negative_caption`"):
+        list(read_contrasted(tar))
+
+
+def item(name, caption="yes", negative="no", **more):
+    return {"filename": name, "caption": caption, "negative_caption": negative, **more}
+
+
+def test_sugarcrepe_joins_items_to_images_by_name(tmp_path):
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps([item("b.jpg", category="x"), item("a.jpg"), item("b.jpg", "2nd")]))
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": "A", "b.jpg": "B", "unused.jpg": "C"})
+    expected = {b"A": ["yes"], b"B": ["yes", "2nd"]}
+    found = list(read_sugarcrepe(file, tar))
+    assert {e.image: [c.caption for c in e.choices] for e in found} == expected
+    assert found[1].choices[0].category == "x"
+    assert found[0].choices[0].category == "items"
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, content in (("a.jpg", b"A"), ("b.jpg", b"B")):
+        (folder / name).write_bytes(content)
+    found = list(read_sugarcrepe(file, folder))
+    assert {e.image: [c.caption for c in e.choices] for e in found} == expected
+
+
+def test_sugarcrepe_folder_takes_every_file_as_a_category(tmp_path):
+    tar = write_tar(tmp_path / "images" / "0.tar", {"a.jpg": "A", "b.jpg": "B"})
+    for category, name in (("add_att", "a.jpg"), ("swap_obj", "a.jpg"), ("add_obj", "b.jpg")):
+        (tmp_path / f"{category}.json").write_text(json.dumps({"7": item(name)}))
+    found = [c.category for e in read_sugarcrepe(tmp_path, tar) for c in e.choices]
+    assert sorted(found) == ["add_att", "add_obj", "swap_obj"]
+
+
+def test_sugarcrepe_without_its_images_or_fields(tmp_path):
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps([item("a.jpg"), item("b.jpg")]))
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": "A"})
+    with pytest.raises(EvalDataError, match=r"0\.tar lacks 1 images that items name: b\.jpg"):
+        list(read_sugarcrepe(file, tar))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(EvalDataError, match=r"images/a\.jpg is missing"):
+        list(read_sugarcrepe(file, tmp_path / "images"))
+    file.write_text(json.dumps([{"caption": "x"}]))
+    with pytest.raises(EvalDataError, match="has no `filename`"):
+        list(read_sugarcrepe(file, tar))
+    file.write_text("[]")
+    with pytest.raises(EvalDataError, match="holds no items"):
+        list(read_sugarcrepe(file, tar))
+
+
+def test_real_sets(real_data):
+    grocery = ClassificationFolder.open(real_data / "grocery" / "zeroshot")
+    labels = [e.label for e in grocery]
+    assert (len(grocery.classnames), len(grocery.templates)) == (81, 3)
+    assert (len(labels), set(labels)) == (2485, set(range(81)))
+    coco = list(read_captioned(real_data / "coco_ccby" / "00000.tar"))
+    assert {len(e.captions) for e in coco} == {5}
+    assert len(coco) == 47
+    crepe = real_data / "coco_ccby" / "sugarcrepe_ccby.json"
+    choices = [c for e in read_sugarcrepe(crepe, crepe.parent / "00000.tar") for c in e.choices]
+    assert len(choices) == 44
+    assert len({c.category for c in choices}) == 7

@@ -1,0 +1,110 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hqclip_jax.evals.datasets import EvalDataError, Example
+from hqclip_jax.evals.embed import Embedder, EmbeddingError
+
+from .colours import COLOURS, ColourModel, ColourTokenizer, picture
+
+UNIT = {name: np.array(c) / np.linalg.norm(c) for name, c in COLOURS.items()}
+
+
+def examples(n):
+    names = [[*COLOURS][i % len(COLOURS)] for i in range(n)]
+    return names, (Example(f"tar:{i}", picture(name)) for i, name in enumerate(names))
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])  # batch 4: padded, whole, ragged
+def test_images_come_in_order_with_their_embeddings(embedder, n):
+    names, stream = examples(n)
+    seen, rows = [], []
+    for batch, z in embedder.images(stream):
+        assert len(batch) == len(z) <= embedder.batch
+        seen.extend(e.source for e in batch)
+        rows.append(z)
+    z = np.concatenate(rows)
+    assert seen == [f"tar:{i}" for i in range(n)]
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(z, [UNIT[name] for name in names], atol=1e-6)
+
+
+def test_texts_are_cleaned_and_equal_tokens_get_equal_bits(embedder):
+    texts = ["red", "a  green&nbsp;thing", "red blue", "red blue yellow", "red"]
+    z = embedder.texts(texts)
+    both = np.array([1, 0, 1]) / np.sqrt(2)
+    np.testing.assert_allclose(z, [UNIT["red"], UNIT["green"], both, both, UNIT["red"]], atol=1e-6)
+    assert np.array_equal(z[2], z[3])
+    assert np.array_equal(z[0], z[4])
+
+
+def test_batch_is_rounded_up_to_the_mesh_and_compiled_once(mesh):
+    graphdef, state = nnx.split(ColourModel(), nnx.Param)
+    params = nnx.to_pure_dict(state)
+    rows = mesh.shape["replica"] * mesh.shape["fsdp"]
+    embedder = Embedder(graphdef, params, ColourTokenizer(), 8, mesh, batch=rows + 1)
+    assert embedder.batch == 2 * rows
+    again = Embedder(graphdef, params, ColourTokenizer(), 8, mesh, batch=rows + 1)
+    assert again._encode_image is embedder._encode_image
+    before = embedder._encode_image._cache_size()
+    for _, stream in (examples(3), examples(2 * embedder.batch + 1)):
+        list(again.images(stream))
+    assert embedder._encode_image._cache_size() == before + 1
+
+
+def test_parameters_on_the_mesh_stay_where_they_are(mesh):
+    graphdef, state = nnx.split(ColourModel(), nnx.Param)
+    params = nnx.to_pure_dict(state)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None))
+    on_mesh = jax.device_put(params, sharding)
+    embedder = Embedder(graphdef, on_mesh, ColourTokenizer(), 8, mesh)
+    assert embedder._params["table"] is on_mesh["table"]
+    host = Embedder(graphdef, {"table": np.asarray(params["table"])}, ColourTokenizer(), 8, mesh)
+    assert host._params["table"].sharding.is_fully_replicated
+
+
+def test_nothing_moves_implicitly(embedder):
+    """Training runs under this guard, and evaluates in its loop."""
+    _, stream = examples(5)
+    with jax.transfer_guard("disallow"):
+        assert sum(len(z) for _, z in embedder.images(stream)) == 5
+        assert embedder.texts(["red", "blue"]).shape == (2, 3)
+
+
+def test_progress_counts_rows_not_padding(embedder):
+    counts = []
+    embedder.on_embedded = counts.append
+    list(embedder.images(examples(embedder.batch + 1)[1]))
+    assert counts == [embedder.batch, 1]
+
+
+def test_images_stream(embedder):
+    """Never more than a few batches of images are held."""
+    taken = 0
+
+    def stream():
+        nonlocal taken
+        for example in examples(20 * embedder.batch)[1]:
+            taken += 1
+            yield example
+
+    for done, _ in enumerate(embedder.images(stream()), start=1):
+        assert taken <= (done + 4) * embedder.batch
+        if done == 3:
+            break
+    assert done == 3
+
+
+def test_broken_image_is_named(embedder):
+    stream = [Example("a.tar:good", picture("red")), Example("a.tar:bad", picture("red")[:40])]
+    with pytest.raises(EvalDataError, match=r"a\.tar:bad: .*do not decode"):
+        list(embedder.images(stream))
+
+
+def test_diverged_model_is_refused(mesh):
+    graphdef, state = nnx.split(ColourModel(), nnx.Param)
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), nnx.to_pure_dict(state))
+    embedder = Embedder(graphdef, params, ColourTokenizer(), 8, mesh)
+    with pytest.raises(EmbeddingError, match="not finite"):
+        embedder.texts(["red"])

@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pytest
+
+from hqclip_jax.evals.datasets import EvalDataError
+from hqclip_jax.evals.retrieval import Retrieval, ranks_by_owner, retrieval_scores
+
+from .colours import picture, write_tar
+
+
+def unit(rng, n, d=6):
+    z = rng.normal(size=(n, d)).astype(np.float32)
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def pairs():
+    """30 images with one to five captions each, near them but not nearest."""
+    rng = np.random.default_rng(0)
+    zimg = unit(rng, 30)
+    owner = np.repeat(np.arange(30), rng.integers(1, 6, 30))
+    ztxt = zimg[owner] + 0.5 * rng.normal(size=(len(owner), 6)).astype(np.float32)
+    return zimg, ztxt / np.linalg.norm(ztxt, axis=1, keepdims=True), owner
+
+
+def test_recall_equals_looking_at_every_top_k(pairs):
+    zimg, ztxt, owner = pairs
+    found = retrieval_scores(zimg, ztxt, owner)
+    sims = ztxt @ zimg.T
+    for k in (1, 5, 10):
+        nearest_images = np.argsort(-sims, axis=1)[:, :k]
+        image_recall = np.mean([owner[m] in nearest_images[m] for m in range(len(owner))])
+        nearest_texts = np.argsort(-sims.T, axis=1)[:, :k]
+        text_recall = np.mean([i in owner[nearest_texts[i]] for i in range(30)])
+        assert found[f"image_retrieval_recall_at_{k}"] == pytest.approx(image_recall)
+        assert found[f"text_retrieval_recall_at_{k}"] == pytest.approx(text_recall)
+        assert found[f"recall_at_{k}"] == pytest.approx((image_recall + text_recall) / 2)
+        assert found[f"image_retrieval_recall_at_{k}_chance"] == pytest.approx(k / 30)
+    assert 0 < found["image_retrieval_recall_at_1"] < 1  # or the comparison would say little
+    assert (found["n"], found["captions"]) == (30, len(owner))
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 31, 90, 10**6])
+def test_strips_do_not_change_the_ranks(pairs, chunk_elements):
+    zimg, ztxt, owner = pairs
+    images = np.arange(30)
+    whole = ranks_by_owner(ztxt, owner, zimg, images)
+    assert np.array_equal(ranks_by_owner(ztxt, owner, zimg, images, chunk_elements), whole)
+    back = ranks_by_owner(zimg, images, ztxt, owner)
+    assert np.array_equal(ranks_by_owner(zimg, images, ztxt, owner, chunk_elements), back)
+
+
+def test_text_retrieval_chance_counts_every_caption():
+    z = np.eye(3, dtype=np.float32)
+    found = retrieval_scores(z, z[[0, 0, 1, 2]], np.array([0, 0, 1, 2]))
+    assert found["text_retrieval_recall_at_1_chance"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
+    assert found["recall_at_1"] == 1
+
+
+def test_evaluator(tmp_path, embedder):
+    """Three pictures; the yellow one's second caption and the blue one's only caption say red."""
+    members = {}
+    for colour, captions in (
+        ("red", ["red"]),
+        ("yellow", ["yellow", "red"]),
+        ("blue", ["some red thing"]),
+    ):
+        members[f"{colour}.png"] = picture(colour)
+        members[f"{colour}.json"] = json.dumps({"captions": captions})
+    evaluator = Retrieval("colours", write_tar(tmp_path / "0.tar", members))
+    evaluator.check()
+    found = evaluator.run(embedder)
+    # captions: red and yellow find their picture; the two misplaced ones find the red picture
+    assert found["image_retrieval_recall_at_1"] == pytest.approx(2 / 4)
+    # pictures: red and yellow find their caption, and blue is as near to red as to yellow... no:
+    # blue has cosine 0 with every caption, and its own comes last
+    assert found["text_retrieval_recall_at_1"] == pytest.approx(2 / 3)
+    assert found["text_retrieval_recall_at_5"] == 1
+    assert (found["n"], found["captions"]) == (3, 4)
+
+
+def test_empty_and_missing_sets(tmp_path, embedder):
+    with pytest.raises(EvalDataError, match="holds no images"):
+        Retrieval("empty", write_tar(tmp_path / "0.tar", {})).run(embedder)
+    with pytest.raises(EvalDataError, match="nowhere is missing"):
+        Retrieval("missing", tmp_path / "nowhere").check()
