@@ -67,6 +67,7 @@ def load_suite(spec: str, data: str | Path | None = None) -> list[Evaluator]:
 
 
 def _folder(path: Path) -> Evaluator:
+    path = path.absolute()
     kind = path / "dataset_type.txt"
     if kind.exists() and kind.read_text().strip() == "retrieval":
         return Retrieval(path.name, path)

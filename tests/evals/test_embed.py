@@ -1,3 +1,9 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -108,3 +114,49 @@ def test_diverged_model_is_refused(mesh):
     embedder = Embedder(graphdef, params, ColourTokenizer(), 8, mesh)
     with pytest.raises(EmbeddingError, match="not finite"):
         embedder.texts(["red"])
+
+
+HOST = """
+import sys
+import jax
+from flax import nnx
+from evals.colours import ColourModel, ColourTokenizer, picture
+from hqclip_jax.config import MeshConfig
+from hqclip_jax.evals.datasets import Example
+from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.sharding import make_mesh
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+graphdef, state = nnx.split(ColourModel(), nnx.Param)
+mesh = make_mesh(MeshConfig(fsdp=2), 4)
+embedder = Embedder(graphdef, nnx.to_pure_dict(state), ColourTokenizer(), 8, mesh, batch=4)
+names = ["red", "green", "blue", "yellow", "cyan"]
+z = [row for _, z in embedder.images(Example(n, picture(n)) for n in names) for row in z.tolist()]
+assert len(z) == 5, z
+error = abs(embedder.texts(names) - z).max()
+print("devices", jax.device_count(), "error below 1e-6:", error < 1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_get_all_rows(tmp_path):
+    """Each of two processes, with two devices each, reads every embedding."""
+    tests = Path(__file__).parents[1]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}", "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(i)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for host in hosts:
+        out, err = host.communicate(timeout=100)
+        assert host.returncode == 0, err
+        assert "devices 4 error below 1e-6: True" in out

@@ -71,10 +71,9 @@ def test_evaluator(tmp_path, embedder):
     evaluator = Retrieval("colours", write_tar(tmp_path / "0.tar", members))
     evaluator.check()
     found = evaluator.run(embedder)
-    # captions: red and yellow find their picture; the two misplaced ones find the red picture
+    # captions: red and yellow find their picture, the two misplaced ones the red one
     assert found["image_retrieval_recall_at_1"] == pytest.approx(2 / 4)
-    # pictures: red and yellow find their caption, and blue is as near to red as to yellow... no:
-    # blue has cosine 0 with every caption, and its own comes last
+    # pictures: blue has cosine 0 with all four captions, and its own is the last of them
     assert found["text_retrieval_recall_at_1"] == pytest.approx(2 / 3)
     assert found["text_retrieval_recall_at_5"] == 1
     assert (found["n"], found["captions"]) == (3, 4)

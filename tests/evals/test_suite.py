@@ -38,9 +38,11 @@ def test_known_names(tmp_path):
         load_suite("imagenet")
 
 
-def test_folder_is_a_suite_of_one(tmp_path):
+def test_folder_is_a_suite_of_one(tmp_path, monkeypatch):
     folder = write_classification(tmp_path / "pets", {"red": 0})
     assert load_suite(str(folder)) == [ZeroShot("pets", folder)]
+    monkeypatch.chdir(folder)
+    assert load_suite(".") == [ZeroShot("pets", folder)]
     (folder / "dataset_type.txt").write_text("retrieval\n")
     assert load_suite(str(folder)) == [Retrieval("pets", folder)]
 
