@@ -35,38 +35,42 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def caption(scene: Scene) -> str:
-    """The main fact in one phrase, such as "a large red circle left of two small blue squares"."""
-    return f" {scene.relation} ".join(map(str, scene.groups))
+    """The main facts in one phrase, such as "a large red circle left of two small blue squares"."""
+    return f" {scene.relation} ".join(g.told_as(f"{g.size} {g.color}") for g in scene.groups)
 
 
 def _total(scene: Scene) -> str:
-    return "one shape" if scene.count == 1 else f"{NUMBERS[scene.count]} shapes"
+    return f"{NUMBERS[scene.count]} {'shape' if scene.count == 1 else 'shapes'}"
 
 
 def describe(scene: Scene) -> list[str]:
-    """Four short lower-case sentences (`desc`); joined they take 32 CLIP tokens at most."""
-    textured = " and ".join(
-        f"a {g.texture} {g.noun}" if g.count == 1 else f"{g.texture} {g.noun}" for g in scene.groups
-    )
-    total, background = f"{_total(scene)} in all", f"a {scene.background} background"
-    return [caption(scene), textured, total, background]
+    """Four short lower-case sentences (`desc`): pairs and relation, textures, sizes, the whole.
+
+    Joined they take 32 CLIP tokens at most.
+    """
+    groups = scene.groups
+    return [
+        f" {scene.relation} ".join(g.told_as(g.color) for g in groups),
+        " and ".join(g.told_as(g.texture, counted=False) for g in groups),
+        " and ".join(g.told_as(g.size, counted=False) for g in groups),
+        f"{_total(scene)} on {scene.background}",
+    ]
 
 
-FACTS_OF_SENTENCE = (
-    ("color", "shape", "size", "count", "relation", "swap"),
-    ("texture",),
-    ("count",),
-    ("background",),
-)
+def contradict(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene of which every sentence of `describe` is false here.
 
-
-def negatives(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """`neg_desc`: the k-th sentence is the k-th of `describe` with one fact made false."""
-    sentences = []
-    for k, facts in enumerate(FACTS_OF_SENTENCE):
-        options = [found for fact in facts if (found := alterations(scene, fact))]
-        sentences.append(describe(pick(rng, pick(rng, options)))[k])
-    return sentences
+    One fact changes for each sentence, but what is told stays one picture: a text that contradicts
+    itself could be told from the true one without a look at the image.
+    """
+    for facts in (
+        ("color", "shape", "relation", "swap"),
+        ("texture",),
+        ("size",),
+        ("count", "background"),
+    ):
+        scene = pick(rng, pick(rng, [a for fact in facts if (a := alterations(scene, fact))]))
+    return scene
 
 
 def tags(scene: Scene) -> list[str]:
@@ -75,15 +79,6 @@ def tags(scene: Scene) -> list[str]:
     for g in scene.groups:
         found += [f"{g.color} {g.shape}", g.color, g.shape, f"{g.texture} {g.shape}"]
     return [*found, _total(scene), f"{scene.background} background"]
-
-
-def negative_tags(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """`neg_tags`: the tags after every kind of fact has changed, less those still true."""
-    altered = scene
-    for fact in ("color", "shape", "texture", "count", "background"):
-        altered = pick(rng, alterations(altered, fact))
-    true = set(tags(scene))
-    return [tag for tag in dict.fromkeys(tags(altered)) if tag not in true]
 
 
 ALT_TEXTS = {"full": 0.25, "partial": 0.35, "coarse": 0.15, "file": 0.15, "unrelated": 0.1}
@@ -124,13 +119,14 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def annotation(scene: Scene) -> dict[str, list[str]]:
-    """The four lists of a published annotation."""
-    rng = scene.rng(ANNOTATION)
+    """The four lists of a published annotation; of the negative tags those that are false."""
+    negative = contradict(scene, scene.rng(ANNOTATION))
+    true = tags(scene)
     return {
-        "tags": tags(scene),
-        "neg_tags": negative_tags(scene, rng),
+        "tags": true,
+        "neg_tags": [tag for tag in tags(negative) if tag not in true],
         "desc": describe(scene),
-        "neg_desc": negatives(scene, rng),
+        "neg_desc": describe(negative),
     }
 
 

@@ -85,7 +85,7 @@ def draw(
 SIDE = 64
 COLORS = {
     "red": (215, 30, 35), "orange": (250, 130, 10), "yellow": (240, 210, 20),
-    "green": (25, 150, 55), "cyan": (20, 195, 215), "blue": (35, 65, 220),
+    "green": (25, 150, 55), "aqua": (20, 195, 215), "blue": (35, 65, 220),
     "purple": (130, 40, 165), "pink": (250, 130, 190),
 }  # fmt: skip
 BACKGROUNDS = {"white": 245, "gray": 128, "black": 18}
@@ -93,7 +93,7 @@ SIZES = {"small": 8.0, "large": 13.0}
 """Radius in pixels."""
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 """Axis (0 is x, 1 is y) and side of the first group."""
-NUMBERS = ("no", "a", "two", "three")
+NUMBERS = {1: "one", 2: "two", 3: "three"}
 SPLITS = ("train", "test")
 RENDERING, ALT_TEXT, ANNOTATION = 1, 2, 3
 """Purposes of a scene's random streams."""
@@ -118,8 +118,11 @@ class Group:
         plural = {"cross": "crosses"}.get(self.shape, self.shape + "s")
         return self.shape if self.count == 1 else plural
 
-    def __str__(self) -> str:
-        return f"{NUMBERS[self.count]} {self.size} {self.color} {self.noun}"
+    def told_as(self, adjectives: str, counted: bool = True) -> str:
+        """Such as "a small star", or "two small stars", or "small stars" where not counted."""
+        if self.count > 1:
+            return f"{NUMBERS[self.count]} " * counted + f"{adjectives} {self.noun}"
+        return f"{'an' if adjectives[0] in 'aeiou' else 'a'} {adjectives} {self.noun}"
 
 
 @dataclass(frozen=True)

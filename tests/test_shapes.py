@@ -51,7 +51,7 @@ def test_scenes_stay_in_bounds_and_groups_can_be_told_apart():
 @pytest.mark.parametrize(
     ("fact", "ways"),
     [
-        ("color", 9),  # six other colours for two groups, less orange and pink square, cyan star
+        ("color", 9),  # six other colours for two groups, less orange and pink square, aqua star
         ("shape", 6),  # four other shapes for two groups, less red circle and blue moon
         ("size", 2),
         ("texture", 4),
@@ -72,7 +72,7 @@ def test_alterations_keep_held_out_pairs_out_and_the_count_below_four():
     assert {s.count for s in alterations(PAIR, "count")} == {2}
     assert {s.count for s in alterations(SINGLE, "count")} == {2, 3}
     assert alterations(SINGLE, "swap") == alterations(SINGLE, "relation") == []
-    unseen = Scene((1, 0, 0), (Group("red", "circle"), Group("cyan", "square")), "above", "gray")
+    unseen = Scene((1, 0, 0), (Group("red", "circle"), Group("aqua", "square")), "above", "gray")
     assert any(s.held_out for s in alterations(unseen, "color"))
 
 
