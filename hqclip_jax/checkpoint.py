@@ -163,6 +163,14 @@ def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path
         )
 
 
+def _tokenizer(info: RunInfo) -> ClipTokenizer:
+    if info.tokenizer not in TOKENIZERS:
+        raise CheckpointError(
+            f"the checkpoint's tokenizer {info.tokenizer!r} is unknown here: {sorted(TOKENIZERS)}"
+        )
+    return TOKENIZERS[info.tokenizer](info.config.model.context_length)
+
+
 @dataclass(frozen=True)
 class RestoredModel:
     """A model ready to embed: `nnx.merge(model, params)` gives the towers.
@@ -170,7 +178,7 @@ class RestoredModel:
     Attributes:
         step: of the checkpoint.
         config: the run's, from the checkpoint.
-        model: graph definition, without the tag head's classes changed.
+        model: graph definition of `CLIP`.
         params: f32 arrays on `mesh`.
         tokenizer: the one it was trained with, at its context length.
         tags: vocabulary of the tag head, or None.
@@ -216,7 +224,7 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
         info = checkpoints.info(step)
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as e:
         raise CheckpointError(f"{path / FOLDER / str(step)} was not written by this code: {e}") from e
-    tokenizer = TOKENIZERS[info.tokenizer](info.config.model.context_length)
+    tokenizer = _tokenizer(info)
     mesh = make_mesh(config_lib.MeshConfig(), len(jax.devices()))
     num_tags = len(info.tags) if info.tags else 0
     model, shapes = nnx.split(

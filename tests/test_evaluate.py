@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from evals.colours import COLOURS, picture, write_classification, write_tar
+from tests.evals.colours import COLOURS, picture, write_classification, write_tar
 from flax import nnx
 from rich.console import Console
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hqclip_jax.data.image import ImageError, eval_transform, open_rgb
+from hqclip_jax.data.image import (
+    ImageError,
+    decode_fast,
+    eval_transform,
+    open_rgb,
+    random_resized_crop,
+)
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -104,3 +110,78 @@ def test_geometry_is_torchvisions(width, height, resized, corner):
 def test_right_sized_picture_is_not_resampled():
     pixels = noise(32, 32)
     assert np.array_equal(eval_transform(Image.fromarray(pixels), 32), pixels)
+
+
+def jpeg(width: int, height: int, **options) -> bytes:
+    smooth = np.kron(noise(width // 8, height // 8), np.ones((8, 8, 1), np.uint8))
+    return encode(Image.fromarray(smooth), "JPEG", quality=95, **options)
+
+
+def test_fast_decode_equals_the_careful_one():
+    for encoded in (jpeg(64, 48), encode(Image.fromarray(noise(9, 7))), jpeg(40, 40, exif=exif(6))):
+        fast, careful = decode_fast(encoded), np.asarray(open_rgb(encoded))
+        assert fast.shape == careful.shape
+        assert np.abs(fast.astype(int) - careful).max() <= 3
+
+
+def exif(orientation: int) -> Image.Exif:
+    out = Image.Exif()
+    out[0x0112] = orientation
+    return out
+
+
+def test_fast_decode_of_grey_and_cmyk():
+    grey = encode(Image.fromarray(noise(16, 16)).convert("L"), "JPEG")
+    assert decode_fast(grey).shape == (16, 16, 3)
+    cmyk = encode(Image.fromarray(noise(16, 16)).convert("CMYK"), "JPEG")
+    assert np.array_equal(decode_fast(cmyk), np.asarray(open_rgb(cmyk)))
+
+
+def test_half_a_jpeg_is_refused_by_the_fast_path_too():
+    whole = encode(Image.fromarray(noise(64, 64)), "JPEG")
+    for cut in (len(whole) // 2, 100, 2, 0):
+        with pytest.raises(ImageError):
+            decode_fast(whole[:cut])
+
+
+def test_stray_bytes_after_a_jpeg_are_harmless():
+    whole = encode(Image.fromarray(noise(16, 16)), "JPEG")
+    assert decode_fast(whole + b"trailing").shape == (16, 16, 3)
+
+
+def test_crop_of_the_whole_area_is_an_area_average():
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1).repeat(3, axis=2) * 16
+    found = random_resized_crop(pixels, 2, (1.0, 1.0), FixedAspect())
+    means = pixels.reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
+    assert np.abs(found - means).max() <= 1
+
+
+class FixedAspect:
+    """A generator whose every box is square and at the origin."""
+
+    def uniform(self, low: float, high: float) -> float:
+        return (low + high) / 2
+
+    def integers(self, high: int) -> int:
+        return 0
+
+
+def test_crops_keep_scale_and_aspect_and_stay_inside():
+    rows, columns = np.mgrid[0:200, 0:250].astype(np.uint8)
+    pixels = np.stack([rows, columns, rows], axis=-1)
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(200):
+        crop = random_resized_crop(pixels, 32, (0.5, 0.8), rng).astype(float)
+        height = (crop[-1, :, 0] - crop[0, :, 0]).mean() * 32 / 31
+        width = (crop[:, -1, 1] - crop[:, 0, 1]).mean() * 32 / 31
+        areas.append(height * width / (200 * 250))
+        assert 0.72 < width / height < 1.4
+    assert 0.48 < min(areas) < 0.55 and 0.74 < max(areas) < 0.83
+
+
+def test_a_shape_that_no_box_fits_is_cut_in_the_middle():
+    thin = np.zeros((10, 1000, 3), np.uint8)
+    thin[:, 490:510] = 255
+    found = random_resized_crop(thin, 8, (0.9, 1.0), np.random.default_rng(0))
+    assert found.shape == (8, 8, 3) and found.min() == 255

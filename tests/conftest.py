@@ -1,0 +1,82 @@
+"""Eight simulated devices for the whole suite, one compile cache, and a rendered data set."""
+
+import os
+import tempfile
+
+# Before anything imports JAX; subprocesses inherit both.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hqclip-xla-"))
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from hqclip_jax.data import record, tags
+from hqclip_jax.data.record import Record
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 210)}
+
+
+def make_record(index: int) -> Record:
+    """A noisy one-coloured picture and texts that name the colour; every fifth has no negatives."""
+    rng = np.random.default_rng(index)
+    colour = list(COLOURS)[index % 3]
+    other = list(COLOURS)[(index + 1) % 3]
+    pixels = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 20, (24, 32, 3)), 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+    negatives = index % 5 > 0
+    return Record(
+        uid=hashlib.sha256(str(index).encode()).hexdigest()[:32],
+        image=buffer.getvalue(),
+        caption=f"{colour} picture number {index}",
+        desc=(f"the picture is {colour}.", "it is plain."),
+        neg_desc=(f"the picture is {other}.",) if negatives else (),
+        tags=(colour, "picture"),
+        neg_tags=(other,) if negatives else (),
+        width=32,
+        height=24,
+        source="rendered",
+        refiner="test",
+    )
+
+
+def write_dataset(directory: Path, shards: list[list[Record]]) -> Path:
+    """A complete dataset directory, written without the refinement side."""
+    directory.mkdir(parents=True)
+    counts: Counter = Counter()
+    written = []
+    for i, records in enumerate(shards):
+        path = directory / record.shard_name("rendered", "train", i, len(shards))
+        writer = ArrayRecordWriter(str(path), record.WRITER_OPTIONS)
+        for r in records:
+            writer.write(record.encode(r))
+            counts.update({tags.normalise(t) for t in r.tags})
+        writer.close()
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        written.append(record.Shard(path.name, len(records), len(data), digest))
+    tags.write_counts(directory, counts, sum(len(s) for s in shards))
+    record.write_metadata(directory, "rendered", "train", written, {"engine": "test"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 records in two uneven shards. Shared: tests that damage it copy it first."""
+    records = [make_record(i) for i in range(60)]
+    return write_dataset(tmp_path_factory.mktemp("data") / "rendered", [records[:25], records[25:]])
+
+
+@pytest.fixture
+def dataset_of(tmp_path: Path) -> Callable[[list[Record]], Path]:
+    """Writes a one-shard data set of given records."""
+    return lambda records: write_dataset(tmp_path / "dataset", [records])

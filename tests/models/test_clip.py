@@ -1,0 +1,165 @@
+"""The towers against plain numpy, written from OpenAI's description and not from our code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import erf
+
+from hqclip_jax.config import ModelConfig
+from hqclip_jax.models.clip import CLIP
+from hqclip_jax.models.zoo import ARCHITECTURES
+
+CONFIG = ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=7, dtype="float32")
+VOCAB, TAGS = 50, 5
+
+
+def build(config: ModelConfig = CONFIG, tags: int = TAGS) -> tuple[nnx.GraphDef, dict]:
+    graphdef, params = nnx.split(CLIP(config, VOCAB, tags, rngs=nnx.Rngs(0)), nnx.Param)
+    # Biases and scales start at 0 and 1, where mistakes in them would not show.
+    params = nnx.to_pure_dict(params)
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    return graphdef, jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params
+    )
+
+
+def layer_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def activation(x, act):
+    if act == "quick_gelu":
+        return x / (1 + np.exp(-1.702 * x))
+    return x * 0.5 * (1 + erf(x / np.sqrt(2)))
+
+
+def transformer(x, blocks, act, causal):
+    layers = len(blocks["ln_1"]["scale"])
+    for i in range(layers):
+        p = jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), blocks)
+        y = layer_norm(x, p["ln_1"])
+        qkv = np.einsum("ld,dchk->clhk", y, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None]
+        heads = []
+        for h in range(qkv.shape[2]):
+            q, k, v = qkv[:, :, h]
+            scores = q @ k.T / np.sqrt(q.shape[-1])
+            if causal:
+                scores = np.where(np.tri(len(scores)) > 0, scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(weights / weights.sum(-1, keepdims=True) @ v)
+        out = sum(o @ p["out"]["kernel"][h] for h, o in enumerate(heads))
+        x = x + out + p["out"]["bias"]
+        hidden = layer_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
+        x = x + activation(hidden, act) @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
+    return x
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def reference_image(image, params, act):
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    v = p["visual"]
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    pixels = (image / 255 - mean) / std
+    tokens = [v["class_embedding"]]
+    for top in range(0, image.shape[0], 8):
+        for left in range(0, image.shape[1], 8):
+            patch = pixels[top : top + 8, left : left + 8].reshape(-1)
+            tokens.append(patch @ v["patch_embed"]["kernel"])
+    x = layer_norm(np.stack(tokens) + v["positional_embedding"], v["ln_pre"])
+    pooled = layer_norm(transformer(x, v["transformer"]["blocks"], act, False)[0], v["ln_post"])
+    tag_logits = pooled @ p["tag_head"]["kernel"] + p["tag_head"]["bias"]
+    return unit(pooled @ p["visual_projection"]["kernel"]), tag_logits
+
+
+def reference_text(ids, params, act):
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    t = p["text"]
+    x = t["token_embedding"][ids] + t["positional_embedding"]
+    x = transformer(x, t["transformer"]["blocks"], act, True)
+    pooled = layer_norm(x, t["ln_final"])[list(ids).index(max(ids))]
+    return unit(pooled @ p["text_projection"]["kernel"])
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+TEXTS = np.array([[48, 3, 9, 49, 0, 0, 0], [48, 7, 1, 2, 3, 4, 49]], np.int32)
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_towers_equal_plain_numpy(act):
+    config = ModelConfig(**{**vars(CONFIG), "act": act})
+    graphdef, params = build(config)
+    model = nnx.merge(graphdef, params)
+    zimg, tag_logits = jax.jit(lambda x: model.encode_image_and_tags(x))(IMAGES)
+    ztxt = jax.jit(lambda x: model.encode_text(x))(TEXTS)
+    for i in range(2):
+        expected, expected_tags = reference_image(IMAGES[i], params, act)
+        np.testing.assert_allclose(zimg[i], expected, atol=2e-6)
+        np.testing.assert_allclose(tag_logits[i], expected_tags, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ztxt[i], reference_text(TEXTS[i], params, act), atol=2e-6)
+
+
+def test_what_follows_the_end_of_a_text_does_not_count():
+    graphdef, params = build()
+    model = nnx.merge(graphdef, params)
+    other = TEXTS.copy()
+    other[0, 4:] = 11
+    np.testing.assert_array_equal(model.encode_text(TEXTS)[0], model.encode_text(other)[0])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    def gradient(remat: str):
+        graphdef, params = build(ModelConfig(**{**vars(CONFIG), "remat": remat}))
+        loss = lambda p: nnx.merge(graphdef, p).encode_image(IMAGES)[:, 0].sum()
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none")
+    )
+
+
+def test_compute_in_bf16_keeps_f32_parameters_and_embeddings():
+    graphdef, params = build(ModelConfig(**{**vars(CONFIG), "dtype": "bfloat16"}))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    zimg = nnx.merge(graphdef, params).encode_image(IMAGES)
+    exact = nnx.merge(*build()).encode_image(IMAGES)
+    assert zimg.dtype == jnp.float32
+    assert np.sum(zimg * exact, axis=-1).min() > 0.99
+
+
+def test_tag_head_exists_only_where_it_is_asked_for():
+    graphdef, params = build(tags=0)
+    assert "tag_head" not in params
+    assert nnx.merge(graphdef, params).encode_image_and_tags(IMAGES)[1] is None
+
+
+def test_image_size_must_fit_the_patch():
+    with pytest.raises(ValueError, match="not a multiple of the patch"):
+        build(ModelConfig(**{**vars(CONFIG), "image_size": 20}))
+
+
+# Parameter counts of OpenAI's and OpenCLIP's models (model cards and profile table).
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("ViT-B/32", 151.28), ("ViT-B/16", 149.62), ("ViT-L/14", 427.62), ("ViT-H/14", 986.11),
+     ("ViT-g/14", 1366.68), ("ViT-bigG/14", 2539.57)],
+)  # fmt: skip
+def test_published_parameter_counts(name, millions):
+    config = ModelConfig(arch=name)
+    model = nnx.eval_shape(lambda: CLIP(config, 49408, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    count = sum(x.size for x in jax.tree.leaves(params))
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_every_architecture_has_whole_heads():
+    for name, arch in ARCHITECTURES.items():
+        for tower in (arch.vision, arch.text):
+            assert tower.width % tower.heads == 0, name
