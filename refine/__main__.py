@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.command(args)
-    except RefineError as e:
+    except (RefineError, OSError) as e:
         console.print(f"error: {e}", style="red", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

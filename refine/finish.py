@@ -175,7 +175,7 @@ def gather(
     tags: Counter[str] = Counter()
     for number, directory in enumerate(parts):
         part = Part.load(directory)
-        ledger.include(part.counts, read_skips(directory / SKIPPED_FILE))
+        ledger.include(part.counts, read_skips(directory / SKIPPED_FILE), part.named)
         mine = losers.of(number)
         ledger.add("duplicate_uid", mine.stop - mine.start, _named(losers, mine, names))
         ledger.counts["joined"] -= mine.stop - mine.start

@@ -44,8 +44,13 @@ class Ledger:
             self.named[reason] += 1
             self._file.write(skip.line())
 
-    def include(self, counts: dict[str, int], names: Iterable[Skip]) -> None:
-        """Adds another ledger's counts and names."""
+    def include(
+        self, counts: dict[str, int], names: Iterable[Skip], reasons: Iterable[str]
+    ) -> None:
+        """Adds another ledger's counts and names; `reasons` are those that it names. Where all of
+        these are at the limit here, `names` is not read."""
         self.counts.update(counts)
+        if all(self.named[reason] >= self._limit for reason in reasons):
+            return
         for skip in names:
             self.add(skip.reason, 0, (skip,))

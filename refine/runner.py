@@ -53,6 +53,7 @@ COUNTS = {
     "uids_without_pair": "uid of the subset whose pair never came",
 }
 ALWAYS = ("pairs", "joined", "duplicate_uid", "missing_image", "corrupt_image")
+ALWAYS_JOINED = ("missing_annotation", "malformed_annotation", "annotation_without_pair")
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def show(counts: dict[str, int]) -> None:
     """Prints the counts, zeros left out where they are expected."""
     table = Table("", "count", box=None)
     table.columns[1].justify = "right"
+    shown = ALWAYS + (ALWAYS_JOINED if counts["annotations"] else ())
     for key, count in counts.items():
-        if count or key in ALWAYS:
+        if count or key in shown:
             table.add_row(COUNTS.get(key, key), f"{count:,}")
     console.print(table)
 

@@ -69,12 +69,14 @@ class Part:
         directory: where it lies.
         shards: its ArrayRecord files, as written.
         counts: by reason, "pairs" and "joined" among them.
+        named: the reasons that its `skipped.jsonl` names.
         tags: in how many records each tag occurs.
     """
 
     directory: Path
     shards: tuple[Shard, ...]
     counts: dict[str, int]
+    named: tuple[str, ...]
     tags: dict[str, int]
 
     @classmethod
@@ -136,6 +138,7 @@ class PartWriter:
         part = {
             "shards": [asdict(shard) for shard in self.shards],
             "counts": {"pairs": pairs, "joined": self._joined, **self.ledger.counts},
+            "named": list(self.ledger.named),
             "tags": dict(sorted(self.tags.items())),
         }
         write_json(self.directory / PART_FILE, part)

@@ -33,4 +33,6 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as e:
             raise RefineError(f"another run is writing to {path.parent}: wait for its end") from e
+        except OSError as e:
+            raise RefineError(f"{path} can't be locked ({e.strerror}): use a local disk") from e
         yield

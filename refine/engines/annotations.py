@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from refine.engines import Refiner, Texts
-from refine.index import AnnotationIndex
+from refine.index import REASONS, AnnotationIndex
 from refine.ledger import Ledger
 from refine.sources import Pair, Skip
 from refine.tars import fingerprint
@@ -63,7 +63,7 @@ class Annotations:
     def settle(self, ledger: Ledger, seen: UidTable, subset: Subset | None, whole: bool) -> None:
         """Counts annotations whose image never came, bucket by bucket of both sorted tables."""
         index = self._opened()
-        ledger.include(index.counts, index.skips())
+        ledger.include(index.counts, index.skips(), REASONS)
         for number in range(seen.buckets if whole else 0):
             rows = index.table.bucket(number * index.table.buckets // seen.buckets)
             uids = rows["uid"][~repeats(rows["uid"])]

@@ -35,6 +35,17 @@ def test_another_ledger_is_included_with_its_names(tmp_path):
             one.skip(skip)
     with Ledger(tmp_path / "2.jsonl") as two:
         two.skip(Skip("no_uid"))
-        two.include(one.counts, read_skips(tmp_path / "1.jsonl"))
+        two.include(one.counts, read_skips(tmp_path / "1.jsonl"), one.named)
     assert two.counts == {"no_uid": 2, "no_caption": 1}
     assert list(read_skips(tmp_path / "2.jsonl")) == [Skip("no_uid"), *skips]
+
+
+def test_names_are_not_read_where_none_has_room(tmp_path):
+    def unread():
+        raise AssertionError("read")
+        yield
+
+    with Ledger(tmp_path / "s.jsonl", named=1) as ledger:
+        ledger.skip(Skip("no_uid"))
+        ledger.include({"no_uid": 5, "pairs": 7}, unread(), ["no_uid"])
+    assert ledger.counts == {"no_uid": 6, "pairs": 7}
