@@ -41,7 +41,7 @@ SOURCE = "train"  # the name of the one data source in a checkpoint's position
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 2 wrong configuration or data, 128 + signal after a signal."""
+    """Exit code: 0 finished, 1 diverged, 2 wrong configuration or data, 128 + signal when stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         overrides, rest = config_lib.split_overrides(argv)
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DatasetError, CheckpointError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,7 @@
+import html
 from collections import Counter
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -20,6 +22,13 @@ from hqclip_jax.data.text import TextChoice, clean, list_to_text
 def test_clean(raw, cleaned):
     assert clean(raw) == cleaned
     assert clean(clean(raw)) == cleaned
+
+
+def test_the_short_way_for_plain_ascii_changes_nothing():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        raw = "".join(map(chr, rng.integers(32, 127, 30)))
+        assert clean(raw) == " ".join(html.unescape(html.unescape(ftfy.fix_text(raw))).split())
 
 
 PARTS = ("one.", "two.", "three.")
