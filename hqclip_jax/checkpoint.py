@@ -75,7 +75,9 @@ class Checkpoints:
     """The checkpoints of one workdir. Orbax renames a step's directory when it is complete, so an
     interrupted save is never seen."""
 
-    def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self, workdir: str | Path, keep: int | None = None, read_only: bool = False
+    ) -> None:
         """Args:
         workdir: the run's directory; the checkpoints lie in its `checkpoints`.
         keep: latest checkpoints that stay; None keeps all.
@@ -121,7 +123,9 @@ class Checkpoints:
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         restored = self.manager.restore(
             step,
-            args=ocp.args.Composite(params=_restore_args(abstract.params), rest=_restore_args(rest)),
+            args=ocp.args.Composite(
+                params=_restore_args(abstract.params), rest=_restore_args(rest)
+            ),
         )
         return TrainState(restored.rest["step"], restored.params, restored.rest["opt_state"])
 
@@ -211,7 +215,7 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
         path = path.parent
     if not (path / FOLDER).is_dir():
         raise CheckpointError(
-            f"{workdir} holds no checkpoint: give the --workdir of a run, which has a {FOLDER!r} in it"
+            f"{workdir} holds no checkpoint: give the --workdir of a run, with {FOLDER!r} in it"
         )
     checkpoints = Checkpoints(path, read_only=True)
     known = sorted(checkpoints.manager.all_steps())
@@ -223,7 +227,9 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
     try:
         info = checkpoints.info(step)
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as e:
-        raise CheckpointError(f"{path / FOLDER / str(step)} was not written by this code: {e}") from e
+        raise CheckpointError(
+            f"{path / FOLDER / str(step)} was not written by this code: {e}"
+        ) from e
     tokenizer = _tokenizer(info)
     mesh = make_mesh(config_lib.MeshConfig(), len(jax.devices()))
     num_tags = len(info.tags) if info.tags else 0

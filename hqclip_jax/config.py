@@ -35,14 +35,18 @@ class ModelConfig:
     context_length: int = item(77, "text tokens, start and end included")
     act: str = item("gelu", "activation; OpenAI's weights want quick_gelu", ("gelu", "quick_gelu"))
     dtype: str = item("bfloat16", "compute type; parameters are float32", ("bfloat16", "float32"))
-    remat: str = item("none", "what a layer recomputes in the backward pass", ("none", "dots", "full"))
+    remat: str = item(
+        "none", "what a layer recomputes in the backward pass", ("none", "dots", "full")
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     path: str = item("", "dataset directory that `python -m refine run` wrote")
     p_desc: float = item(0.5, "probability that the positive text is the description [inferred]")
-    p_neg_desc: float = item(0.5, "probability that the negative is the negative description [inferred]")
+    p_neg_desc: float = item(
+        0.5, "probability that the negative is the negative description [inferred]"
+    )
     list_form: str = item("join", "how sentences or tags become one text [inferred]", LIST_FORMS)
     tag_vocabulary: int = item(10_000, "most frequent tags that the tag head knows [inferred]")
     max_tags: int = item(32, "tags kept per image")
@@ -249,9 +253,7 @@ def _replace_at(node: Any, head: str, rest: str, name: str, value: Any) -> Any:
         raise ConfigError(f"config field {name!r}: {head!r} {what}")
     if rest:
         key, _, deeper = rest.partition(".")
-        return dataclasses.replace(
-            node, **{head: _replace_at(current, key, deeper, name, value)}
-        )
+        return dataclasses.replace(node, **{head: _replace_at(current, key, deeper, name, value)})
     annotation = typing.get_type_hints(type(node))[head]
     return dataclasses.replace(node, **{head: _read(value, annotation, name)})
 
@@ -306,5 +308,3 @@ def split_overrides(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 raise ConfigError(f"--config.{name} has no value")
         overrides[name] = value
     return overrides, others
-
-

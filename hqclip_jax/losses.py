@@ -15,7 +15,7 @@ The label matrix of one batch, images down, texts across; + is pulled together, 
 import jax
 import jax.numpy as jnp
 
-# On TPUs an f32 product is rounded to bf16 unless told otherwise: up to 0.4 of a logit at scale 100.
+# On TPUs an f32 product is rounded to bf16 unless told otherwise: 0.4 of a logit at scale 100.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -112,7 +112,7 @@ def tag_classification(
     """Short tag classification from the image alone.
 
     Published: a classification loss against the multi-hot target of the positive tags. The form is
-    our inference: `softmax` is SuperClass's, a cross-entropy with the multi-hot target normalised to
+    our inference: `softmax` is SuperClass's, a cross-entropy with the multi-hot target scaled to
     sum 1; `bce` is a sigmoid per tag, summed over V. Neither builds the [B, V] target: the logits
     are gathered at the ids.
 

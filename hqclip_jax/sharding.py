@@ -49,14 +49,16 @@ def make_mesh(config: MeshConfig, batch: int, devices: list[jax.Device] | None =
         ] or [f"fsdp={f} tensor=1" for f in range(1, n + 1) if n % f == 0]
         raise ConfigError(
             f"mesh.replica={config.replica} × mesh.fsdp={config.fsdp} × mesh.tensor="
-            f"{config.tensor} does not make {n} devices; with replica=-1 these do: {'; '.join(fits)}"
+            f"{config.tensor} does not make {n} devices; with mesh.replica=-1 these do: "
+            + "; ".join(fits)
         )
     split = replica * config.fsdp
     if batch % split:
         lower, upper = batch // split * split, -(-batch // split) * split
         near = " or ".join(str(b) for b in (lower, upper) if b)
         raise ConfigError(
-            f"optim.batch={batch} is not divisible by mesh.replica × mesh.fsdp = {split}: try {near}"
+            f"optim.batch={batch} is not divisible by mesh.replica × mesh.fsdp = {split}: "
+            f"try {near}"
         )
     shape = (replica, config.fsdp, config.tensor)
     # jax.make_mesh would make Explicit axes, which the towers are not written for.

@@ -41,7 +41,7 @@ SOURCE = "train"  # the name of the one data source in a checkpoint's position
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 1 diverged, 2 wrong configuration or data, 128 + signal when stopped."""
+    """Exit status: 0 finished, 1 diverged, 2 wrong configuration or data, 128 + signal."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         overrides, rest = config_lib.split_overrides(argv)
@@ -204,30 +204,33 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     batches = pipeline.batches(position, jax.process_index(), jax.process_count())
     sharding = batch_sharding(mesh)
     step = start
-    with StopSignal() as stop, ProgressLine(console, start, total) as progress:
-        lr = warmup_cosine(config.optim.lr, warmup, total)
-        report = Report(config, pipeline, writer, progress, lr)
-        while step < total and not stop.number:
-            with report.watch("data"):
-                batch = to_device(next(batches), sharding)
-            state, metrics = train_step(state, batch)
+    try:
+        with StopSignal() as stop, ProgressLine(console, start, total) as progress:
+            lr = warmup_cosine(config.optim.lr, warmup, total)
+            report = Report(config, pipeline, writer, progress, lr)
+            while step < total and not stop.number:
+                with report.watch("data"):
+                    batch = to_device(next(batches), sharding)
+                state, metrics = train_step(state, batch)
+                report.flush()
+                step += 1
+                progress.advance(step)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    report.start(step)
+                if step % report_every == 0 or step == total:
+                    report.due = (step, metrics)
+                if step % save_every == 0 and step < total:
+                    save(step, state)
             report.flush()
-            step += 1
-            progress.advance(step)
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                report.start(step)
-            if step % report_every == 0 or step == total:
-                report.due = (step, metrics)
-            if step % save_every == 0 and step < total:
-                save(step, state)
-        report.flush()
-    if step > start:
-        save(step, state)
-    checkpoints.close()
-    batches.close()
-    if writer:
-        writer.close()
+        if step > start:
+            save(step, state)
+    finally:
+        # After an error too: a save under way is finished work.
+        checkpoints.close()
+        batches.close()
+        if writer:
+            writer.close()
     if stop.number:
         log.info("stopped by %s, saved at step %d", signal.Signals(stop.number).name, step)
         return 128 + stop.number

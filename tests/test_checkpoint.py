@@ -52,7 +52,8 @@ def saved(tmp_path_factory) -> tuple[Path, TrainState]:
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh"), [(8, MeshConfig(fsdp=4, tensor=2)), (4, MeshConfig(fsdp=2)), (1, MeshConfig())]
+    ("devices", "mesh"),
+    [(8, MeshConfig(fsdp=4, tensor=2)), (4, MeshConfig(fsdp=2)), (1, MeshConfig())],
 )
 def test_another_mesh_restores_the_same_bits(saved, devices, mesh):
     workdir, expected = saved
@@ -115,7 +116,10 @@ def damage(run: Path, change) -> None:
     ("change", "says"),
     [
         (lambda s: s["config"]["model"].update(arch="ViT-Nano/8"), "does not fit.*ViT-Nano/8"),
-        (lambda s: s["config"]["model"].update(colour=1), r"not written by this code.*model\.colour"),
+        (
+            lambda s: s["config"]["model"].update(colour=1),
+            r"not written by this code.*model\.colour",
+        ),
         (lambda s: s.pop("position"), "not written by this code"),
         (lambda s: s.update(tokenizer="bert"), "tokenizer 'bert' is unknown"),
     ],

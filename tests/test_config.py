@@ -76,7 +76,7 @@ def test_overrides_are_read_as_the_fields_type():
     ],
 )
 def test_wrong_values_are_refused_by_name(name, value, says):
-    with pytest.raises(ConfigError, match=".*") as error:
+    with pytest.raises(ConfigError, match=r".*") as error:
         config_lib.load(str(CONFIGS / "demo.py"), {name: value})
     assert says in str(error.value)
 
@@ -87,7 +87,7 @@ def test_nothing_to_train_is_refused():
 
 
 def test_missing_file_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="demo.py"):
+    with pytest.raises(ConfigError, match=r"demo\.py"):
         config_lib.load(str(CONFIGS / "deno.py"), {})
 
 

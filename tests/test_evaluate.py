@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tests.evals.colours import COLOURS, picture, write_classification, write_tar
 from flax import nnx
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from hqclip_jax.config import Config, MeshConfig, ModelConfig
 from hqclip_jax.data.image import eval_transform, open_rgb
 from hqclip_jax.sharding import make_mesh
 from hqclip_jax.step import init_state
+from tests.evals.colours import COLOURS, picture, write_classification, write_tar
 
 SIZE = 16
 

@@ -156,7 +156,9 @@ def test_tags_that_weigh_nothing_mask_their_image():
     ids = np.array([[0, -1], [1, -1]], np.int32)
     weights = jnp.ones(V).at[0].set(0)
     expected = losses.tag_classification(logits[1:], ids[1:])[0]
-    np.testing.assert_allclose(losses.tag_classification(logits, ids, "softmax", weights)[0], expected)
+    np.testing.assert_allclose(
+        losses.tag_classification(logits, ids, "softmax", weights)[0], expected
+    )
 
 
 def test_recall_is_the_share_of_tags_among_as_many_highest_logits():

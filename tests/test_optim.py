@@ -17,7 +17,7 @@ def test_decay_spares_norms_biases_temperature_and_class_token():
     flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     names = {jax.tree_util.keystr(p, simple=True, separator="/"): decays for p, decays in flat}
     decayed = {name for name, decays in names.items() if decays}
-    # OpenCLIP's matrices and embeddings, by name; the stacked norms are rank 2 and must not be here.
+    # OpenCLIP's matrices and embeddings, by name; the stacked norms have rank 2 and are not here.
     blocks = ("qkv/kernel", "out/kernel", "mlp_in/kernel", "mlp_out/kernel")
     expected = {f"{t}/transformer/blocks/{b}" for t in ("visual", "text") for b in blocks}
     expected |= {"visual/patch_embed/kernel", "visual/positional_embedding"}
@@ -47,7 +47,9 @@ def test_one_update_by_hand(clip):
     updates, _ = tx.update(grads, tx.init(params), params)
     new = optax.apply_updates(params, updates)
     # First AdamW step: the debiased ratio is the sign of the gradient; decay on the kernel alone.
-    np.testing.assert_allclose(new["layer"]["kernel"], [1 - 0.1 * (1 + 0.2), -2 + 0.1 * 0.4], rtol=1e-5)
+    np.testing.assert_allclose(
+        new["layer"]["kernel"], [1 - 0.1 * (1 + 0.2), -2 + 0.1 * 0.4], rtol=1e-5
+    )
     np.testing.assert_allclose(new["layer"]["bias"], [1.1], rtol=1e-5)
 
 

@@ -21,7 +21,7 @@ def test_bad_factorisation_is_refused_with_sizes_that_work():
 def test_batch_that_does_not_split_is_refused_with_one_that_does():
     with pytest.raises(ConfigError, match=r"optim\.batch=12 is not divisible.*= 8: try 8 or 16"):
         make_mesh(MeshConfig(), batch=12)
-    with pytest.raises(ConfigError, match="try 8$"):
+    with pytest.raises(ConfigError, match=r"try 8$"):
         make_mesh(MeshConfig(), batch=3)
 
 

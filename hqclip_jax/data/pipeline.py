@@ -201,8 +201,8 @@ class Pipeline:
         """This host's rows of every batch from `start` consumed records on, without end.
 
         Yields:
-            `uid` S32 [b], `image` uint8 [b, s, s, 3], `text` int32 [b, L]; with HNI `neg_text` int32
-            [b, L] and `neg_mask` f32 [b]; with a vocabulary `tag_ids` int32 [b, T].
+            `uid` S32 [b], `image` uint8 [b, s, s, 3], `text` int32 [b, L]; with HNI `neg_text`
+            int32 [b, L] and `neg_mask` f32 [b]; with a vocabulary `tag_ids` int32 [b, T].
         """
         config = self.config
         positions = HostPositions(start, config.optim.batch, host, hosts)

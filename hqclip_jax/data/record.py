@@ -199,13 +199,17 @@ def open_shards(directory: str | Path) -> list[ShardFile]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise DatasetError(f"data set {str(directory)!r} is not a directory: set --config.data.path")
+        raise DatasetError(
+            f"data set {str(directory)!r} is not a directory: set --config.data.path"
+        )
     manifest = directory / MANIFEST_FILE
     if manifest.exists():
         try:
             listed = json.loads(manifest.read_text())["shards"]
         except (ValueError, KeyError) as e:
-            raise DatasetError(f"{manifest} is not a manifest ({e}): write the data set again") from e
+            raise DatasetError(
+                f"{manifest} is not a manifest ({e}): write the data set again"
+            ) from e
         counts = {s["file"]: s["records"] for s in listed}
         sizes = {s["file"]: s["bytes"] for s in listed}
     else:

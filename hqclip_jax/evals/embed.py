@@ -84,9 +84,11 @@ class Embedder:
         self._encode_image, self._encode_text = _encoders(graphdef, mesh)
         on_mesh = set(mesh.devices.flat)
         self._params = jax.tree.map(
-            lambda x: x
-            if isinstance(x, jax.Array) and x.sharding.device_set == on_mesh
-            else jax.device_put(x, replicated(mesh)),
+            lambda x: (
+                x
+                if isinstance(x, jax.Array) and x.sharding.device_set == on_mesh
+                else jax.device_put(x, replicated(mesh))
+            ),
             params,
         )
 

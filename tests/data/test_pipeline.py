@@ -163,6 +163,8 @@ def test_truncation_is_the_share_of_texts_longer_than_the_context(dataset):
     # With start and end: 6 tokens or 7 in the caption, 7 in a negative, 11 in the description.
     p = pipeline(dataset)
     assert p.truncation() == {"caption": 0, "desc": 0, "neg_desc": 0}
-    config = dataclasses.replace(p.config, model=dataclasses.replace(p.config.model, context_length=10))
+    config = dataclasses.replace(
+        p.config, model=dataclasses.replace(p.config.model, context_length=10)
+    )
     p = Pipeline(config, ClipTokenizer(10), TagVocabulary.from_dataset(dataset, 100))
     assert p.truncation() == {"caption": 0, "desc": 1, "neg_desc": 0}

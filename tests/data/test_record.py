@@ -74,7 +74,9 @@ first = source[0]
 print(len(source), first["uid"].decode(), [t.decode() for t in first["tags"]], first["neg_tags"])
 assert "tensorflow" not in sys.modules
 """
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert out.stdout.split()[0] == "60"
     assert "['red', 'picture'] []" in out.stdout
 

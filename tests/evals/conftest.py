@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import jax
 import pytest
 from flax import nnx
@@ -23,10 +20,3 @@ def embedder(mesh: jax.sharding.Mesh) -> Embedder:
     graphdef, state = nnx.split(ColourModel(), nnx.Param)
     params = nnx.to_pure_dict(state)
     return Embedder(graphdef, params, ColourTokenizer(), 16, mesh, batch=4, threads=2)
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    if not os.environ.get("HQCLIP_TEST_DATA"):
-        pytest.skip("HQCLIP_TEST_DATA is not set")
-    return Path(os.environ["HQCLIP_TEST_DATA"])

@@ -8,7 +8,7 @@ from .colours import COLOURS, write_classification, write_tar
 
 
 def test_classifier_is_the_normalised_mean_of_normalised_templates(embedder):
-    """"red blue" and "red": the mean of the units, not the unit of the mean colour."""
+    """ "red blue" and "red": the mean of the units, not the unit of the mean colour."""
     found = zero_shot_classifier(embedder, ["red"], ["{c} blue", "only {c}"])
     mean = (np.array([1, 0, 1]) / np.sqrt(2) + np.array([1, 0, 0])) / 2
     np.testing.assert_allclose(found, [mean / np.linalg.norm(mean)], atol=1e-6)

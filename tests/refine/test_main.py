@@ -1,7 +1,6 @@
 """The command line, and the promises around it: no JAX, no TensorFlow, TFDS reads what it wrote."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from refine.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-DATA = os.environ.get("HQCLIP_TEST_DATA")
 
 BLOCKED = """
 import importlib.machinery, json, sys
@@ -95,10 +93,9 @@ def test_rules_need_nothing_else_installed_and_say_what_they_are(tmp_path, make,
     assert manifest["engine"] == "rules"
 
 
-@pytest.mark.skipif(DATA is None, reason="HQCLIP_TEST_DATA names no folder of real data")
 @pytest.mark.parametrize("engine", ["annotations", "rules"])
-def test_real_pairs(tmp_path, refine, counts, records, engine):
-    grocery = Path(DATA) / "grocery"
+def test_real_pairs(real_data, tmp_path, refine, counts, records, engine):
+    grocery = real_data / "grocery"
     joined = ("--annotations", grocery / "annotations/train") if engine == "annotations" else ()
     out = tmp_path / "out"
     assert (
