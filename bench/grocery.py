@@ -1,6 +1,6 @@
 """What do the three recipes reach on real photos? Refine, train and evaluate on the grocery set.
 
-    python -m bench.grocery --data=DIR --out=DIR [--seeds=3] [--length="12 epochs"]
+    python -m bench.grocery --data=DIR --out=DIR [--seeds=3] [--length="8 epochs"]
 
 DIR holds `pairs/train`, `annotations/train` and `zeroshot`. Each training runs alone, by the same
 commands a user types, and started again the bench continues where it was.
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--length", default="12 epochs")
+    parser.add_argument("--length", default="8 epochs")
     args = parser.parse_args()
     command(
         "refine", "run", "--engine=annotations", f"--input={args.data / 'pairs' / 'train'}",

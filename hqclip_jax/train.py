@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from rich.console import Console
 
 from hqclip_jax import config as config_lib
@@ -88,13 +90,16 @@ def _use_compile_cache() -> None:
 
 class StopSignal:
     """Remembers a SIGTERM or SIGINT, so that the loop can save before it ends; a second SIGINT
-    stops at once."""
+    stops at once. With several processes the signal keeps its usual effect: one that left the loop
+    alone would leave the others waiting in a collective."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._old = {s: signal.signal(s, self._on) for s in (signal.SIGTERM, signal.SIGINT)}
+        if jax.process_count() == 1:
+            self._old = {s: signal.signal(s, self._on) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,7 +121,7 @@ class Report:
     pipeline: Pipeline
     writer: MetricWriter | None
     progress: ProgressLine
-    lr: object
+    lr: optax.Schedule
     watch: Stopwatch = field(default_factory=Stopwatch)
     due: tuple[int, Metrics] | None = None
     _last: tuple[int, float] | None = None

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,41 @@ def test_help_shows_every_field(capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "--config.loss.hni=1.0" in out and "[inferred]" in out
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(dataset, tmp_path):
+    """Two real processes over loopback, started as Slurm would; then one with two devices."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    base = os.environ | {
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
+    command = [sys.executable, "-m", "hqclip_jax.train", "--distributed"]
+    command += arguments(dataset, tmp_path / "two", "4 steps", **{"mesh.fsdp": 1})
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=base | {"SLURM_PROCID": str(rank), "XLA_FLAGS": ""},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        _, error = rank.communicate(timeout=400)
+        assert rank.returncode == 0, error[-3000:]
+    one = [sys.executable, "-m", "hqclip_jax.train"]
+    one += arguments(dataset, tmp_path / "one", "4 steps", **{"mesh.fsdp": 1})
+    two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run(one, cwd=ROOT, check=True, env=two_devices, timeout=400)
+    found, expected = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    for a, b in zip(found, expected):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    checkpoints = Checkpoints(tmp_path / "two", read_only=True)
+    assert checkpoints.info(4).position == {"train": 32}
