@@ -15,7 +15,9 @@ def get_config(arg: str | None = None) -> Config:
     arg: length of the run, such as "8 epochs" (the default).
     """
     return Config(
-        model=ModelConfig(arch="ViT-Pico/8", image_size=64, context_length=32, dtype="float32"),
+        model=ModelConfig(
+            arch="ViT-Pico/8", image_size=64, context_length=32, dtype="float32", unroll=4
+        ),
         # Few photos, seen often: stronger crops than on the web, one sentence at a time.
         data=DataConfig(crop_scale=(0.5, 1.0), list_form="sample", threads=2, tag_vocabulary=200),
         optim=OptimConfig(

@@ -154,8 +154,8 @@ def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path
         CheckpointError: names the fields that disagree.
     """
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(stored.config.model)
-    # These two change speed and memory, not the parameters.
-    differ = [k for k in ours if ours[k] != theirs[k] and k not in ("dtype", "remat")]
+    # These change speed and memory, not the parameters.
+    differ = [k for k in ours if ours[k] != theirs[k] and k not in ("dtype", "remat", "unroll")]
     lines = [f"model.{k} is {theirs[k]!r} there, {ours[k]!r} here" for k in differ]
     stored_tags = len(stored.tags) if stored.tags else 0
     if stored_tags != num_tags:

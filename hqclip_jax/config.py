@@ -38,6 +38,9 @@ class ModelConfig:
     remat: str = item(
         "none", "what a layer recomputes in the backward pass", ("none", "dots", "full")
     )
+    unroll: int = item(
+        1, "layers compiled at a time; XLA runs a loop's body on one CPU core, so there take all"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,10 @@ def validate(config: Config) -> Config:
     if not 0 < low <= high <= 1:
         raise ConfigError(f"data.crop_scale={data.crop_scale} is not 0 < low <= high <= 1")
     positive = {
-        "optim.batch": optim.batch, "optim.lr": optim.lr, "data.threads": data.threads,
-        "data.prefetch": data.prefetch, "data.max_tags": data.max_tags,
-        "checkpoint.keep": config.checkpoint.keep, "mesh.fsdp": config.mesh.fsdp,
+        "model.unroll": model.unroll, "optim.batch": optim.batch, "optim.lr": optim.lr,
+        "data.threads": data.threads, "data.prefetch": data.prefetch,
+        "data.max_tags": data.max_tags, "checkpoint.keep": config.checkpoint.keep,
+        "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
     }  # fmt: skip
     for name, value in positive.items():

@@ -36,12 +36,8 @@ class CLIP(nnx.Module):
     ) -> None:
         arch = ARCHITECTURES[config.arch]
         dtype = jnp.dtype(config.dtype)
-        self.visual = VisionTransformer(
-            arch, config.image_size, config.act, dtype, config.remat, rngs=rngs
-        )
-        self.text = TextTransformer(
-            arch.text, vocab_size, config.context_length, config.act, dtype, config.remat, rngs=rngs
-        )
+        self.visual = VisionTransformer(arch, config, rngs=rngs)
+        self.text = TextTransformer(arch.text, config, vocab_size, rngs=rngs)
         self.visual_projection = self._projection(arch.vision.width, arch.embed_dim, dtype, rngs)
         self.text_projection = self._projection(arch.text.width, arch.embed_dim, dtype, rngs)
         self.logit_scale = nnx.Param(jnp.float32(INITIAL_LOGIT_SCALE))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.transformer import Transformer, layer_norm
 from hqclip_jax.models.zoo import Tower
 
@@ -12,16 +13,15 @@ class TextTransformer(nnx.Module):
     """Token and positional embeddings, causal blocks, ln_final, EOT pooling."""
 
     def __init__(
-        self, tower: Tower, vocab_size: int, context_length: int, act: str, dtype: jnp.dtype,
-        remat: str, *, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
-        normal = nnx.initializers.normal
+        self, tower: Tower, config: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs
+    ) -> None:
+        normal, dtype = nnx.initializers.normal, jnp.dtype(config.dtype)
         self.dtype = dtype
         self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (vocab_size, tower.width)))
         self.positional_embedding = nnx.Param(
-            normal(0.01)(rngs.params(), (context_length, tower.width))
+            normal(0.01)(rngs.params(), (config.context_length, tower.width))
         )
-        self.transformer = Transformer(tower, act, dtype, remat, causal=True, rngs=rngs)
+        self.transformer = Transformer(tower, config, causal=True, rngs=rngs)
         self.ln_final = layer_norm(tower.width, dtype, rngs)
 
     def __call__(self, text_BxL: jax.Array) -> jax.Array:

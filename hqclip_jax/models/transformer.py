@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.zoo import Tower
 
 LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
@@ -62,15 +63,18 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`tower.layers` blocks whose parameters carry a leading layer axis.
 
-    One block is traced and compiled, whatever the depth; `remat` names what each keeps.
+    One block is traced, whatever the depth, and `unroll` of them are compiled; `remat` names what
+    each keeps.
     """
 
-    def __init__(
-        self, tower: Tower, act: str, dtype: jnp.dtype, remat: str, causal: bool, *, rngs: nnx.Rngs
-    ) -> None:
-        stack = nnx.vmap(lambda rngs: Block(tower, act, dtype, rngs=rngs), in_axes=0, out_axes=0)
+    def __init__(self, tower: Tower, config: ModelConfig, *, causal: bool, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(config.dtype)
+        stack = nnx.vmap(
+            lambda rngs: Block(tower, config.act, dtype, rngs=rngs), in_axes=0, out_axes=0
+        )
         self.blocks = nnx.split_rngs(splits=tower.layers)(stack)(rngs)
-        self.remat = remat
+        self.remat = config.remat
+        self.unroll = min(config.unroll, tower.layers)
         self.causal = causal
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -83,4 +87,4 @@ class Transformer(nnx.Module):
         if policy is not None:
             # Inside a scan nothing can be merged back, so the barrier would only cost time.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        return jax.lax.scan(block, x_BxLxD, layers)[0]
+        return jax.lax.scan(block, x_BxLxD, layers, unroll=self.unroll)[0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.transformer import Transformer, layer_norm
 from hqclip_jax.models.zoo import Architecture
 
@@ -18,14 +19,12 @@ class VisionTransformer(nnx.Module):
     The projection to the shared space belongs to `CLIP`: the tag head reads what comes before it.
     """
 
-    def __init__(
-        self, arch: Architecture, image_size: int, act: str, dtype: jnp.dtype, remat: str,
-        *, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
-        if image_size % arch.patch:
-            raise ValueError(f"image_size {image_size} is not a multiple of the patch {arch.patch}")
+    def __init__(self, arch: Architecture, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        size, dtype = config.image_size, jnp.dtype(config.dtype)
+        if size % arch.patch:
+            raise ValueError(f"image_size {size} is not a multiple of the patch {arch.patch}")
         width = arch.vision.width
-        tokens = (image_size // arch.patch) ** 2 + 1
+        tokens = (size // arch.patch) ** 2 + 1
         normal = nnx.initializers.normal(width**-0.5)
         self.patch = arch.patch
         self.dtype = dtype
@@ -35,7 +34,7 @@ class VisionTransformer(nnx.Module):
         self.class_embedding = nnx.Param(normal(rngs.params(), (width,)))
         self.positional_embedding = nnx.Param(normal(rngs.params(), (tokens, width)))
         self.ln_pre = layer_norm(width, dtype, rngs)
-        self.transformer = Transformer(arch.vision, act, dtype, remat, causal=False, rngs=rngs)
+        self.transformer = Transformer(arch.vision, config, causal=False, rngs=rngs)
         self.ln_post = layer_norm(width, dtype, rngs)
 
     def __call__(self, image_BxHxWx3: jax.Array) -> jax.Array:

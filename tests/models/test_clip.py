@@ -113,15 +113,15 @@ def test_what_follows_the_end_of_a_text_does_not_count():
     np.testing.assert_array_equal(model.encode_text(TEXTS)[0], model.encode_text(other)[0])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
-    def gradient(remat: str):
-        graphdef, params = build(ModelConfig(**{**vars(CONFIG), "remat": remat}))
+@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 4}])
+def test_remat_and_unrolling_change_no_gradient(change):
+    def gradient(change: dict):
+        graphdef, params = build(ModelConfig(**{**vars(CONFIG), **change}))
         loss = lambda p: nnx.merge(graphdef, p).encode_image(IMAGES)[:, 0].sum()
         return jax.jit(jax.grad(loss))(params)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none")
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(change), gradient({})
     )
 
 
