@@ -8,13 +8,13 @@ commands a user types, and started again the bench continues where it was.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from scipy.stats import t
+import numpy as np
+from scipy import stats
 
 RECIPES = {
     "alt_text": {"data.p_desc": 0, "loss.hni": 0, "loss.tag": 0},
@@ -50,17 +50,25 @@ def score(data: Path, out: Path, length: str, recipe: str, seed: int) -> dict[st
     return found
 
 
-def summary(runs: list[dict[str, float]]) -> dict[str, float | list[float]]:
-    """Mean over seeds with a 95% t interval of the mean, in percent."""
-    top1 = [100 * run["top1"] for run in runs]
-    mean = sum(top1) / len(top1)
-    found = {"top1": round(mean, 1), "runs": [round(x, 1) for x in top1]}
-    if len(top1) > 1:
-        deviation = math.sqrt(sum((x - mean) ** 2 for x in top1) / (len(top1) - 1))
-        half = t.ppf(0.975, len(top1) - 1) * deviation / math.sqrt(len(top1))
-        found["interval95"] = [round(mean - half, 1), round(mean + half, 1)]
-    found["top5"] = round(100 * sum(run["top5"] for run in runs) / len(runs), 1)
-    found["train_s"] = round(sum(run["train_s"] for run in runs) / len(runs))
+def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict]:
+    """Means over seeds in percent, with 95% intervals of the mean.
+
+    The deviation between seeds is pooled over the recipes: a few seeds say little of each alone.
+    """
+    top1 = {
+        recipe: np.array([100 * run["top1"] for run in found]) for recipe, found in runs.items()
+    }
+    freedom = sum(len(x) - 1 for x in top1.values())
+    squares = sum(((x - x.mean()) ** 2).sum() for x in top1.values())
+    found = {}
+    for recipe, x in top1.items():
+        row = {"top1": round(x.mean(), 1), "runs": [round(v, 1) for v in x.tolist()]}
+        if freedom:
+            half = stats.t.ppf(0.975, freedom) * (squares / freedom / len(x)) ** 0.5
+            row["interval95"] = [round(x.mean() - half, 1), round(x.mean() + half, 1)]
+        for key, scale in (("top5", 100), ("train_s", 1)):
+            row[key] = round(scale * float(np.mean([run[key] for run in runs[recipe]])), 1)
+        found[recipe] = row
     return found
 
 
@@ -82,7 +90,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for recipe in RECIPES:
             runs[recipe].append(score(args.data, args.out, args.length, recipe, seed))
-    print(json.dumps({recipe: summary(found) for recipe, found in runs.items()}))
+        print(json.dumps(summary(runs)))
 
 
 if __name__ == "__main__":
