@@ -167,6 +167,8 @@ class Report:
 
 def train(config: Config, workdir: Path, console: Console) -> int:
     """Runs until the configured duration is reached or a signal asks to stop."""
+    if not config.data.path:
+        raise ConfigError("data.path is not set: --config.data.path=DIR that `refine run` wrote")
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(config.mesh, config.optim.batch)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)

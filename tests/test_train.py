@@ -157,6 +157,11 @@ def test_batch_that_does_not_fit_the_devices(dataset, tmp_path, capsys):
     assert "optim.batch=12 is not divisible" in error_of(capsys, command)
 
 
+def test_data_path_must_be_set(dataset, tmp_path, capsys):
+    command = arguments(dataset, tmp_path / "run", "1 steps", **{"data.path": ""})
+    assert "data.path is not set" in error_of(capsys, command)
+
+
 def test_missing_and_truncated_shards_are_refused_at_start(dataset, tmp_path, capsys):
     copy = shutil.copytree(dataset, tmp_path / "data")
     shard = sorted(copy.glob("*array_record*"))[0]
