@@ -62,10 +62,10 @@ def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict]:
     squares = sum(((x - x.mean()) ** 2).sum() for x in top1.values())
     found = {}
     for recipe, x in top1.items():
-        row = {"top1": round(x.mean(), 1), "runs": [round(v, 1) for v in x.tolist()]}
+        row = {"top1": round(float(x.mean()), 1), "runs": [round(v, 1) for v in x.tolist()]}
         if freedom:
             half = stats.t.ppf(0.975, freedom) * (squares / freedom / len(x)) ** 0.5
-            row["interval95"] = [round(x.mean() - half, 1), round(x.mean() + half, 1)]
+            row["interval95"] = [round(float(v), 1) for v in (x.mean() - half, x.mean() + half)]
         for key, scale in (("top5", 100), ("train_s", 1)):
             row[key] = round(scale * float(np.mean([run[key] for run in runs[recipe]])), 1)
         found[recipe] = row
