@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> Config:
             context_length=32,  # every description fits
             act="quick_gelu",  # a sixth less time than the exact one on a CPU
             dtype="float32",
-            unroll=4,
+            unroll=4,  # a loop's body runs on one core of a CPU
         ),
         data=DataConfig(crop_scale=(0.9, 1.0), threads=2, tag_vocabulary=500),
         optim=OptimConfig(

@@ -9,10 +9,8 @@ JAX is imported by the stages that need it: the processes of the refinement star
 """
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -169,25 +167,6 @@ def refine(out: Path) -> None:
         raise DemoError("the refinement did not finish; the same command goes on", status)
 
 
-def use_all_cores() -> None:
-    """One CPU device per core, in a power of two that divides the batch.
-
-    On a CPU device XLA was seen to compute on one core only, so data parallelism is what keeps
-    them busy. It must come before JAX looks for its devices; a number chosen by the reader in
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS stays.
-    """
-    import jax
-
-    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
-    if not chosen:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        devices = min(8, 1 << (cores.bit_length() - 1))
-        with contextlib.suppress(RuntimeError):  # a caller's JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", devices)
-
-
 def train(out: Path, settings: Settings, recipe: Recipe) -> None:
     """Trains one recipe, or continues it from its last checkpoint."""
     from hqclip_jax.train import main
@@ -246,7 +225,6 @@ def run(out: Path, settings: Settings, console: Console) -> None:
     stages = Stages(out, settings)
     stages.run("render", lambda: render(out, settings))
     stages.run("refine", lambda: refine(out))
-    use_all_cores()
     for recipe in RECIPES:
         stages.run(f"train {recipe.name}", lambda recipe=recipe: train(out, settings, recipe))
     stages.run("evaluate", lambda: evaluate(out))

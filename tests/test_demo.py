@@ -97,34 +97,12 @@ def test_recipes_differ_only_in_what_they_are_said_to(monkeypatch, tmp_path):
 def test_a_stopped_training_ends_the_demo_with_its_status(monkeypatch, tmp_path, capsys):
     import hqclip_jax.train
 
-    monkeypatch.setattr(demo, "use_all_cores", lambda: None)
     monkeypatch.setattr(demo, "render", lambda out, settings: None)
     monkeypatch.setattr(demo, "refine", lambda out: None)
     monkeypatch.setattr(hqclip_jax.train, "main", lambda argv: 143)
     assert demo.main(["--out", str(tmp_path)]) == 143
     assert "continues it from its last checkpoint" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "stages.json").read_text())["finished"] == ["render", "refine"]
-
-
-@pytest.mark.parametrize(
-    ("cores", "environment", "expected"),
-    [(1, {}, 1), (2, {}, 2), (6, {}, 4), (64, {}, 8), (2, {"JAX_NUM_CPU_DEVICES": "3"}, None),
-     (2, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, None)],
-)  # fmt: skip
-def test_cores_become_devices_that_divide_the_batch(monkeypatch, cores, environment, expected):
-    import jax
-
-    set_to = {}
-    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(demo.os, "sched_getaffinity", lambda _: range(cores), raising=False)
-    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
-    demo.use_all_cores()
-    assert set_to.get("jax_num_cpu_devices") == expected
-    if expected:
-        assert load(str(demo.CONFIG), {}).optim.batch % expected == 0
 
 
 def results(top1: float) -> dict:
