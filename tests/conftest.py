@@ -3,8 +3,11 @@
 import os
 import tempfile
 
-# Before anything imports JAX; subprocesses inherit both.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Before anything imports JAX; subprocesses inherit all. Tests compile much and compute little, so
+# the code need not be optimised.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hqclip-xla-"))
 

@@ -28,7 +28,7 @@ def run_blocked(blocked: set[str], program: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", BLOCK.format(blocked=blocked) + program],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

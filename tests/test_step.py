@@ -80,12 +80,17 @@ def test_loss_is_the_weighted_sum_of_the_references():
     config = dataclasses.replace(CONFIG, loss=LossConfig(contrastive=0.5, hni=2.0, tag=0.25))
     mesh = make_mesh(MeshConfig(), B)
     graphdef, _, _, init = init_state(config, VOCAB, TAGS, make_tx(config.optim, 1, 10), mesh)
-    model = nnx.merge(graphdef, init().params)
-    batch = make_batch()
-    loss, metrics = jax.jit(lambda b: loss_fn(model, b, config.loss, mesh, None))(batch)
-    zimg, tag_logits = model.encode_image_and_tags(batch["image"])
-    ztxt, zneg = model.encode_text(batch["text"]), model.encode_text(batch["neg_text"])
-    scale = jnp.exp(model.logit_scale[...])
+    params, batch = init().params, make_batch()
+
+    @jax.jit
+    def both(params, batch):
+        model = nnx.merge(graphdef, params)
+        zimg, tag_logits = model.encode_image_and_tags(batch["image"])
+        z = zimg, model.encode_text(batch["text"]), model.encode_text(batch["neg_text"])
+        return loss_fn(model, batch, config.loss, mesh, None), z, tag_logits
+
+    (loss, metrics), (zimg, ztxt, zneg), tag_logits = both(params, batch)
+    scale = jnp.exp(params["logit_scale"])
     parts = {
         "contrastive": losses.contrastive_reference(zimg, ztxt, scale)[0],
         "hni": losses.hni(zimg, ztxt, zneg, batch["neg_mask"], scale)[0],
