@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="[runs/demo]")
     parser.add_argument("--scenes", type=_positive, help="training pictures [4000]")
-    parser.add_argument("--samples", type=_positive, help="pictures each training sees [12000]")
+    parser.add_argument("--samples", type=_positive, help="pictures each training sees [10000]")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and training [0]")
     parser.add_argument(
         "--quick", action="store_true", help="300 scenes, 256 samples: a minute, and no result"
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quick = arguments.quick
     settings = Settings(
         scenes=arguments.scenes or (300 if quick else 4000),
-        samples=arguments.samples or (256 if quick else 12_000),
+        samples=arguments.samples or (256 if quick else 10_000),
         items=48 if quick else 480,
         seed=arguments.seed,
     )
