@@ -29,8 +29,10 @@ def setup_logging() -> Console:
         handler = logging.StreamHandler(sys.stdout)
         form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, handlers=[handler], format=form, force=True)
-    for noisy in ("absl", "orbax", "jax", "grain"):
+    for noisy in ("orbax", "jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Through it Orbax warns of a read-only directory whenever a checkpoint is only read.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return console
 
 
@@ -125,6 +127,9 @@ class ProgressLine:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
+        if step == self._first + 1:
+            # The pace is that of the steps after the first one, which compiles.
+            self._first, self._started = step, time.monotonic()
         self._bar.update(self._task, completed=step)
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
