@@ -111,8 +111,7 @@ class ProgressLine:
         )
         self._task = self._bar.add_task("train", total=total, completed=start, line="compiling")
         self._total = total
-        self._started = time.monotonic()
-        self._first = start
+        self._paced_from: tuple[int, float] | None = None
 
     def __enter__(self) -> "ProgressLine":
         self._bar.start()
@@ -127,9 +126,9 @@ class ProgressLine:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        if step == self._first + 1:
+        if self._paced_from is None:
             # The pace is that of the steps after the first one, which compiles.
-            self._first, self._started = step, time.monotonic()
+            self._paced_from = (step, time.monotonic())
         self._bar.update(self._task, completed=step)
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
@@ -138,7 +137,8 @@ class ProgressLine:
         if not self._bar.disable:
             self._bar.update(self._task, line=line)
             return
-        pace = (time.monotonic() - self._started) / max(step - self._first, 1)
+        first, then = self._paced_from or (step, time.monotonic())
+        pace = (time.monotonic() - then) / max(step - first, 1)
         eta = _clock(pace * (self._total - step))
         parts = "  ".join(
             f"{name.removeprefix('loss/')} {value:.4f}"

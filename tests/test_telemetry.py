@@ -1,13 +1,16 @@
 import io
+import itertools
 import json
 import logging
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from hqclip_jax import telemetry
 from hqclip_jax.telemetry import (
     METRICS_FILE,
     MetricWriter,
@@ -77,16 +80,18 @@ def test_stopwatch_adds_up_until_it_is_taken(monkeypatch):
 METRICS = {"loss": 1.25, "loss/hni": 0.5, "images_per_s": 1234.5}
 
 
-def test_a_log_file_gets_one_line_per_report(caplog):
+def test_a_log_file_gets_one_line_per_report(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    clock = itertools.count(1000.0, 2.0)  # two seconds pass whenever somebody looks
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = io.StringIO()
-    with ProgressLine(Console(file=out), 0, 100) as progress:
-        for step in range(1, 51):
+    with ProgressLine(Console(file=out), 20, 100) as progress:
+        for step in range(21, 51):
             progress.advance(step)
         progress.report(50, METRICS)
     assert out.getvalue().strip() == ""
-    (line,) = caplog.messages
-    assert line.startswith("step 50/100  loss 1.2500  1,234 images/s  hni 0.5000  ETA 0:00:")
+    # 2 s from the end of the first step, 21, to the report at 50; 50 steps to go.
+    assert caplog.messages == ["step 50/100  loss 1.2500  1,234 images/s  hni 0.5000  ETA 0:00:03"]
 
 
 def test_a_terminal_gets_a_bar(caplog):
