@@ -35,8 +35,8 @@ CAVEATS = (
     "alt-texts are as poor as we made them: the gain of descriptions is no forecast.",
     "Descriptions and test captions share words and grammar that alt-texts rarely have; part of a "
     "gain is that.",
-    "The learning rate was chosen on alt-text alone and the negatives were redrawn once, both after "
-    "results of all recipes had been seen. Nothing here speaks of photographs or of other scales.",
+    "The learning rate was chosen on alt-text alone, and the negatives were redrawn once; results "
+    "of all recipes had been seen by then. Nothing here speaks of photographs or of other scales.",
 )
 
 GALLERY_SEED = 3
