@@ -161,7 +161,7 @@ class Report:
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(
                 f"loss is {metrics['loss']} at step {step}: lower optim.lr, lengthen optim.warmup "
-                "or set optim.clip_norm=1; the last checkpoint is untouched"
+                "or set optim.clip_norm=1; checkpoints since the report before may hold it too"
             )
 
 
