@@ -234,9 +234,7 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
     mesh = make_mesh(config_lib.MeshConfig(), len(jax.devices()))
     num_tags = len(info.tags) if info.tags else 0
     model, shapes = nnx.split(
-        nnx.eval_shape(
-            lambda: CLIP(info.config.model, tokenizer.vocab_size, num_tags, rngs=nnx.Rngs(0))
-        ),
+        nnx.eval_shape(lambda: CLIP(info.config, tokenizer.vocab_size, num_tags, rngs=nnx.Rngs(0))),
         nnx.Param,
     )
     shapes = nnx.to_pure_dict(shapes)

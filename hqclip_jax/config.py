@@ -18,6 +18,8 @@ from typing import Any
 from hqclip_jax.data.text import LIST_FORMS
 from hqclip_jax.models.zoo import ARCHITECTURES
 
+DTYPES = ("bfloat16", "float32")
+
 
 class ConfigError(ValueError):
     """A configuration that can't run; the message names the fields and a value that would."""
@@ -31,12 +33,20 @@ def item(default: Any, doc: str, choices: Sequence[str] = ()) -> Any:
 @dataclass(frozen=True)
 class ModelConfig:
     arch: str = item("ViT-B/32", "named architecture", tuple(ARCHITECTURES))
-    image_size: int = item(224, "pixels of the square input")
-    context_length: int = item(77, "text tokens, start and end included")
+    image_size: int = item(0, "pixels of the square input; 0 takes the architecture's own")
+    context_length: int = item(
+        0, "text tokens, start and end included; 0 takes the architecture's own"
+    )
     act: str = item("gelu", "activation; OpenAI's weights want quick_gelu", ("gelu", "quick_gelu"))
-    dtype: str = item("bfloat16", "compute type; parameters are float32", ("bfloat16", "float32"))
+    dtype: str = item("bfloat16", "compute type; parameters are float32", DTYPES)
     remat: str = item(
-        "none", "what a layer recomputes in the backward pass", ("none", "dots", "full")
+        "none",
+        "what a layer recomputes in the backward pass: nothing; all but matrix products, which "
+        "are kept (dots) or wait in the host's memory (offload); all (full)",
+        ("none", "dots", "offload", "full"),
+    )
+    patch_dropout: float = item(
+        0.0, "share of patches that training leaves out, as in FLIP: a shorter sequence"
     )
     unroll: int = item(
         1, "layers compiled at a time; XLA runs a loop's body on one CPU core, so there take all"
@@ -62,10 +72,27 @@ class DataConfig:
 @dataclass(frozen=True)
 class LossConfig:
     contrastive: float = item(1.0, "weight of the image-text contrastive loss")
+    contrastive_form: str = item(
+        "softmax", "CLIP's softmax or SigLIP's sigmoid, which adds a bias", ("softmax", "sigmoid")
+    )
     hni: float = item(1.0, "weight of hard negative identification [inferred]; 0 leaves it out")
+    hni_form: str = item(
+        "pair",
+        "what competes with the positive [inferred]: the image's own negative; that and the "
+        "batch's positives; all negatives and positives of the batch",
+        ("pair", "own", "all"),
+    )
+    hni_scale: str = item(
+        "shared", "temperature: the contrastive one or one of its own [inferred]", ("shared", "own")
+    )
     tag: float = item(1.0, "weight of short tag classification [inferred]; 0 leaves it out")
     tag_form: str = item("softmax", "tag loss [inferred]", ("softmax", "bce"))
     tag_idf: bool = item(False, "weigh tags by inverse document frequency in the softmax target")
+    tag_input: str = item(
+        "pooled",
+        "what the tag head reads: the image feature before the projection or after [inferred]",
+        ("pooled", "projected"),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,16 @@ class OptimConfig:
     eps: float = item(1e-6, "AdamW")
     weight_decay: float = item(0.2, "not on norms, biases, class token and logit_scale")
     clip_norm: float = item(0.0, "global gradient norm to clip at; 0 does not clip")
+    mu_dtype: str = item(
+        "float32", "AdamW's first moment; bfloat16 saves two bytes a parameter", DTYPES
+    )
+    micro_batches: int = item(
+        1, "parts that the batch passes the towers in; the losses see it whole, so no value changes"
+    )
+    ema: float = item(0.0, "decay per step of an average of the parameters; 0 keeps none")
+    max_skipped: int = item(
+        10, "updates in a row that may be skipped for a gradient that is no number"
+    )
 
 
 @dataclass(frozen=True)
@@ -166,8 +203,17 @@ def validate(config: Config) -> Config:
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise ConfigError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+    arch = ARCHITECTURES[config.model.arch]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model,
+            image_size=config.model.image_size or arch.image_size,
+            context_length=config.model.context_length or arch.context_length,
+        ),
+    )
     model, data, optim, loss = config.model, config.data, config.optim, config.loss
-    patch = ARCHITECTURES[model.arch].patch
+    patch = arch.patch
     if model.image_size < patch or model.image_size % patch:
         near = max(1, round(model.image_size / patch)) * patch
         raise ConfigError(
@@ -177,6 +223,9 @@ def validate(config: Config) -> Config:
     for name, value in (("data.p_desc", data.p_desc), ("data.p_neg_desc", data.p_neg_desc)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} is not a probability: give a number from 0 to 1")
+    for name, value in (("model.patch_dropout", model.patch_dropout), ("optim.ema", optim.ema)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name}={value} is not a share: give a number from 0 to below 1")
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
         raise ConfigError(f"data.crop_scale={data.crop_scale} is not 0 < low <= high <= 1")
@@ -186,6 +235,7 @@ def validate(config: Config) -> Config:
         "data.max_tags": data.max_tags, "checkpoint.keep": config.checkpoint.keep,
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
+        "optim.micro_batches": optim.micro_batches, "optim.max_skipped": optim.max_skipped,
     }  # fmt: skip
     for name, value in positive.items():
         if value <= 0:
@@ -194,6 +244,17 @@ def validate(config: Config) -> Config:
         raise ConfigError(f"model.context_length={model.context_length} leaves no room for a word")
     if loss.contrastive <= 0 and loss.hni <= 0 and loss.tag <= 0:
         raise ConfigError("loss.contrastive, loss.hni and loss.tag are all 0: nothing to train")
+    if loss.hni > 0 and loss.hni_form != "pair":
+        if loss.contrastive_form == "sigmoid":
+            raise ConfigError(
+                f"loss.hni_form={loss.hni_form!r} adds negatives to a softmax, and "
+                "loss.contrastive_form='sigmoid' has none: take loss.hni_form='pair'"
+            )
+        if loss.hni_scale == "own":
+            raise ConfigError(
+                f"loss.hni_scale='own' goes with loss.hni_form='pair': {loss.hni_form!r} shares "
+                "the softmax of the contrastive loss"
+            )
     if loss.tag > 0 and data.tag_vocabulary <= 0:
         raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
     for name in ("optim.duration", "optim.warmup", "checkpoint.every", "log.every"):

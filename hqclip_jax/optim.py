@@ -10,7 +10,9 @@ from hqclip_jax.config import OptimConfig
 
 # By name, not by rank: stacked norms and biases are [layers, width] and would look like matrices.
 # The list is OpenCLIP's: norms, biases, the temperature and the (one-dimensional) class token.
-_NO_DECAY = ("bias", "scale", "logit_scale", "class_embedding")
+_NO_DECAY = (
+    "bias", "scale", "logit_scale", "logit_bias", "hni_logit_scale", "class_embedding",
+)  # fmt: skip
 
 
 def decay_mask(params: Any) -> Any:
@@ -39,6 +41,7 @@ def make_tx(config: OptimConfig, warmup: int, total: int) -> optax.GradientTrans
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decay_mask,
+        mu_dtype=config.mu_dtype,
     )
     if not config.clip_norm:
         return adamw

@@ -37,7 +37,7 @@ def init_state(
     """
 
     def build(key: jax.Array) -> CLIP:
-        return CLIP(config.model, vocab_size, num_tags, rngs=nnx.Rngs(key))
+        return CLIP(config, vocab_size, num_tags, rngs=nnx.Rngs(key))
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param)
 

@@ -5,13 +5,16 @@ import optax
 import pytest
 from flax import nnx
 
-from hqclip_jax.config import ModelConfig, OptimConfig
+from hqclip_jax.config import Config, LossConfig, ModelConfig, OptimConfig
 from hqclip_jax.models.clip import CLIP
 from hqclip_jax.optim import decay_mask, make_tx, warmup_cosine
 
 
 def test_decay_spares_norms_biases_temperature_and_class_token():
-    config = ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=8)
+    config = Config(
+        model=ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=8),
+        loss=LossConfig(contrastive_form="sigmoid", hni_scale="own"),
+    )
     model = nnx.eval_shape(lambda: CLIP(config, 50, 5, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))

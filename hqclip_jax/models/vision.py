@@ -13,8 +13,20 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
+def patches_kept(arch: Architecture, image_size: int, patch_dropout: float) -> int:
+    """How many patches of an image training shows; OpenCLIP's rounding."""
+    return max(1, int((image_size // arch.patch) ** 2 * (1 - patch_dropout)))
+
+
+def draw_patches(key: jax.Array, images: int, patches: int, kept: int) -> jax.Array:
+    """Which patches each image keeps (FLIP, Li et al. 2023): `kept` distinct indices in rising
+    order, int32 [images, kept], uniform over all choices."""
+    order = jnp.argsort(jax.random.uniform(key, (images, patches)), axis=1)
+    return jnp.sort(order[:, :kept], axis=1).astype(jnp.int32)
+
+
 class VisionTransformer(nnx.Module):
-    """Class token, ln_pre, blocks, class-token pooling, ln_post.
+    """Class token, ln_pre, blocks, class-token pooling, ln_post; or CLIPA's form of it.
 
     The projection to the shared space belongs to `CLIP`: the tag head reads what comes before it.
     """
@@ -28,24 +40,37 @@ class VisionTransformer(nnx.Module):
         normal = nnx.initializers.normal(width**-0.5)
         self.patch = arch.patch
         self.dtype = dtype
+        self.average = arch.clipa
         self.patch_embed = nnx.Linear(
             arch.patch**2 * 3, width, use_bias=False, dtype=dtype, rngs=rngs
         )
         self.class_embedding = nnx.Param(normal(rngs.params(), (width,)))
         self.positional_embedding = nnx.Param(normal(rngs.params(), (tokens, width)))
-        self.ln_pre = layer_norm(width, dtype, rngs)
+        self.ln_pre = None if arch.clipa else layer_norm(width, dtype, rngs)
         self.transformer = Transformer(arch.vision, config, causal=False, rngs=rngs)
         self.ln_post = layer_norm(width, dtype, rngs)
 
-    def __call__(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """Pooled features [B, width] of uint8 images; normalised here, on the device."""
+    def __call__(self, image_BxHxWx3: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
+        """Pooled features [B, width] of uint8 images; normalised here, on the device.
+
+        Args:
+            keep_BxK: indices of the patches that are seen, row by row from the top left, as
+                `draw_patches` gives them. The others are dropped before anything is computed.
+        """
         B, H, W, _ = image_BxHxWx3.shape
         p = self.patch
-        x = (image_BxHxWx3.astype(jnp.float32) / 255 - CLIP_MEAN) / CLIP_STD
-        x = x.reshape(B, H // p, p, W // p, p, 3).swapaxes(2, 3).reshape(B, -1, p * p * 3)
-        x = self.patch_embed(x.astype(self.dtype))
-        cls = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (B, 1, x.shape[-1]))
-        x = jnp.concatenate([cls, x], axis=1)
-        x = x + self.positional_embedding[...].astype(self.dtype)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0])
+        x = image_BxHxWx3.reshape(B, H // p, p, W // p, p, 3)
+        x = x.swapaxes(2, 3).reshape(B, -1, p * p * 3)
+        class_position, positions = jnp.split(self.positional_embedding[...], [1])
+        if keep_BxK is not None:
+            x = jnp.take_along_axis(x, keep_BxK[..., None], axis=1)
+            positions = positions[keep_BxK]
+        pixels = x.reshape(*x.shape[:2], -1, 3).astype(jnp.float32)
+        x = ((pixels / 255 - CLIP_MEAN) / CLIP_STD).reshape(x.shape)
+        x = self.patch_embed(x.astype(self.dtype)) + positions.astype(self.dtype)
+        cls = (self.class_embedding[...] + class_position).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, x.shape[-1])), x], axis=1)
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
+        x = self.transformer(x)
+        return self.ln_post(jnp.mean(x[:, 1:], axis=1) if self.average else x[:, 0])

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from hqclip_jax.config import ModelConfig
+from hqclip_jax.config import Config, ModelConfig, validate
 from hqclip_jax.models.clip import CLIP
 from hqclip_jax.models.zoo import ARCHITECTURES
 
@@ -19,7 +19,7 @@ VOCAB, TAGS = 50, 5
 @functools.cache
 def build(config: ModelConfig = CONFIG, tags: int = TAGS) -> tuple[nnx.GraphDef, dict]:
     """A model with random biases and scales too: at 0 and 1 mistakes in them would not show."""
-    abstract = nnx.eval_shape(lambda: CLIP(config, VOCAB, tags, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: CLIP(Config(model=config), VOCAB, tags, rngs=nnx.Rngs(0)))
     graphdef, shapes = nnx.split(abstract, nnx.Param)
     rng = np.random.default_rng(0)
 
@@ -160,7 +160,7 @@ def test_image_size_must_fit_the_patch():
      ("ViT-g/14", 1366.68), ("ViT-bigG/14", 2539.57)],
 )  # fmt: skip
 def test_published_parameter_counts(name, millions):
-    config = ModelConfig(arch=name)
+    config = validate(Config(model=ModelConfig(arch=name)))
     model = nnx.eval_shape(lambda: CLIP(config, 49408, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     count = sum(x.size for x in jax.tree.leaves(params))
