@@ -38,6 +38,7 @@ clean:
 	$(BIN)/python -m pip install -q --no-deps -e .
 	touch $@
 
-.venv/dev.stamp: .venv/demo.stamp requirements-dev.txt
+.venv/dev.stamp: .venv/demo.stamp requirements-dev.txt requirements-peers.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements-peers.txt
 	touch $@

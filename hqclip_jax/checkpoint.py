@@ -1,8 +1,9 @@
 """Checkpoints: train state, data position and all that describes the run, through Orbax.
 
-One checkpoint is a directory named by its step, holding `params`, `rest` (step and optimizer
-moments) and `run` (JSON: data position, config, tag vocabulary, tokenizer). Restoring is always
-against the mesh at hand, and evaluation reads `params` and `run` alone.
+One checkpoint is a directory named by its step, holding `params`, `ema` where the run keeps an
+average of them, `rest` (all else of the train state) and `run` (JSON: data position, config, tag
+vocabulary, tokenizer). Restoring is always against the mesh at hand, and evaluation reads `params`
+or `ema`, and `run`.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from hqclip_jax.sharding import make_mesh, tree_shardings
 from hqclip_jax.step import TrainState
 
 FOLDER = "checkpoints"
-FORMAT = 1
+FORMAT = 2
+WEIGHTS = ("params", "ema")
 
 
 class CheckpointError(ValueError):
@@ -86,9 +88,10 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / FOLDER
         self.manager = ocp.CheckpointManager(
             self.directory,
-            item_names=("params", "rest", "run"),
+            item_names=("params", "ema", "rest", "run"),
             item_handlers={
                 "params": ocp.PyTreeCheckpointHandler(),
+                "ema": ocp.PyTreeCheckpointHandler(),
                 "rest": ocp.PyTreeCheckpointHandler(),
                 "run": ocp.JsonCheckpointHandler(),
             },
@@ -101,15 +104,9 @@ class Checkpoints:
         """Copies the state to the host and writes it in the background."""
         if step in self.manager.all_steps():
             return
-        rest = {"step": state.step, "opt_state": state.opt_state}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params),
-                rest=ocp.args.PyTreeSave(rest),
-                run=ocp.args.JsonSave(info.to_json()),
-            ),
-        )
+        parts = {name: ocp.args.PyTreeSave(part) for name, part in _parts(state).items()}
+        run = ocp.args.JsonSave(info.to_json())
+        self.manager.save(step, args=ocp.args.Composite(**parts, run=run))
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -120,25 +117,27 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The whole state, laid out as the shardings of `abstract` say."""
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore_args(abstract.params), rest=_restore_args(rest)
-            ),
-        )
-        return TrainState(restored.rest["step"], restored.params, restored.rest["opt_state"])
+        parts = {name: _restore_args(part) for name, part in _parts(abstract).items()}
+        restored = self.manager.restore(step, args=ocp.args.Composite(**parts))
+        ema = restored.ema if "ema" in parts else None
+        return TrainState(params=restored.params, ema=ema, **restored.rest)
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(params=_restore_args(abstract))
-        )
-        return restored.params
+    def restore_weights(self, step: int, abstract: Any, name: str) -> Any:
+        """`params` or `ema` alone."""
+        args = ocp.args.Composite(**{name: _restore_args(abstract)})
+        return self.manager.restore(step, args=args)[name]
 
     def close(self) -> None:
         """Waits for the last save and reports its error, if any."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint: what is evaluated apart from what only training needs."""
+    rest = state._asdict()
+    parts = {name: rest.pop(name) for name in WEIGHTS}
+    return {name: part for name, part in parts.items() if part is not None} | {"rest": rest}
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
@@ -155,8 +154,13 @@ def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path
     """
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(stored.config.model)
     # These change speed and memory, not the parameters.
-    differ = [k for k in ours if ours[k] != theirs[k] and k not in ("dtype", "remat", "unroll")]
-    lines = [f"model.{k} is {theirs[k]!r} there, {ours[k]!r} here" for k in differ]
+    free = ("dtype", "remat", "unroll", "patch_dropout")
+    pairs = [(f"model.{k}", theirs[k], ours[k]) for k in ours if k not in free]
+    for k in ("contrastive_form", "hni_scale", "tag_input"):
+        pairs.append((f"loss.{k}", getattr(stored.config.loss, k), getattr(config.loss, k)))
+    # Whether there is an average at all; its decay may change.
+    pairs.append(("optim.ema > 0", stored.config.optim.ema > 0, config.optim.ema > 0))
+    lines = [f"{name} is {a!r} there, {b!r} here" for name, a, b in pairs if a != b]
     stored_tags = len(stored.tags) if stored.tags else 0
     if stored_tags != num_tags:
         lines.append(f"the tag head has {stored_tags} classes there, {num_tags} here")
@@ -198,15 +202,19 @@ class RestoredModel:
     mesh: Mesh
 
 
-def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel:
+def restore_model(
+    workdir: str | Path, step: int | None = None, weights: str = "params"
+) -> RestoredModel:
     """Restores the parameters of a run for evaluation; everything else is read from there too.
 
     Args:
         workdir: the run's directory, its `checkpoints`, or one step in it.
         step: which checkpoint; the latest by default.
+        weights: `params`, or `ema` for their average.
 
     Raises:
-        CheckpointError: no committed checkpoint there, or one that this version can't read.
+        CheckpointError: no committed checkpoint there, no average in it, or one that this version
+            can't read.
     """
     path = Path(workdir).absolute()
     if path.name.isdigit() and path.parent.name == FOLDER:
@@ -230,6 +238,8 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
         raise CheckpointError(
             f"{path / FOLDER / str(step)} was not written by this code: {e}"
         ) from e
+    if weights == "ema" and not info.config.optim.ema:
+        raise CheckpointError(f"{path / FOLDER / str(step)} has no average: optim.ema was 0")
     tokenizer = _tokenizer(info)
     mesh = make_mesh(config_lib.MeshConfig(), len(jax.devices()))
     num_tags = len(info.tags) if info.tags else 0
@@ -244,7 +254,7 @@ def restore_model(workdir: str | Path, step: int | None = None) -> RestoredModel
         tree_shardings(shapes, mesh),
     )
     try:
-        params = checkpoints.restore_params(step, abstract)
+        params = checkpoints.restore_weights(step, abstract, weights)
     except (ValueError, KeyError) as e:
         raise CheckpointError(
             f"{path / FOLDER / str(step)} does not fit model.arch={info.config.model.arch!r}: {e}"

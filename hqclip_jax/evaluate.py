@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hqclip_jax.checkpoint import CheckpointError, RestoredModel, restore_model
+from hqclip_jax.checkpoint import WEIGHTS, CheckpointError, RestoredModel, restore_model
 from hqclip_jax.config import ConfigError
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, EmbeddingError
@@ -130,6 +130,7 @@ def write_results(
     whole = {
         "checkpoint": arguments.checkpoint,
         "step": int(restored.step),
+        "weights": arguments.weights,
         "suite": arguments.suite,
         "data": arguments.data,
         "model": dataclasses.asdict(restored.config.model),
@@ -156,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="folder for results.json [runs/eval/SUITE-STEP]")
     parser.add_argument("--batch", type=int, default=256, help="images or texts a step [256]")
     parser.add_argument("--step", type=int, help="step to evaluate [the latest]")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default=WEIGHTS[0],
+        help="the parameters, or the average that a run with optim.ema keeps of them [%(default)s]",
+    )  # fmt: skip
     return parser
 
 
@@ -184,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluators = load_suite(arguments.suite, arguments.data)
         if _unreadable(evaluators) == len(evaluators):
             return 2
-        restored = restore_model(arguments.checkpoint, step=arguments.step)
+        restored = restore_model(arguments.checkpoint, arguments.step, arguments.weights)
     except (SuiteError, CheckpointError, ConfigError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -43,6 +43,6 @@ def make_tx(config: OptimConfig, warmup: int, total: int) -> optax.GradientTrans
         mask=decay_mask,
         mu_dtype=config.mu_dtype,
     )
-    if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    # A link in the chain either way, so that a run may continue with or without clipping.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)

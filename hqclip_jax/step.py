@@ -7,33 +7,49 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from hqclip_jax import losses
-from hqclip_jax.config import Config, LossConfig
+from hqclip_jax.config import Config
+from hqclip_jax.losses import Metrics
 from hqclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
+from hqclip_jax.models.vision import draw_patches, patches_kept
+from hqclip_jax.models.zoo import ARCHITECTURES
 from hqclip_jax.sharding import BATCH_AXES, P, batch_sharding, replicated, tree_shardings
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: steps done, parameters (f32) and the optimizer's moments."""
+    """What a step changes.
+
+    Attributes:
+        step: batches seen, int32.
+        params: f32.
+        opt_state: the optimizer's moments.
+        ema: moving average of the parameters, None where `optim.ema` is 0.
+        skipped: updates left out because the loss or a gradient was no number, int32.
+        streak: how many of them in a row, up to now, int32.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any
+    skipped: jax.Array
+    streak: jax.Array
 
 
 def init_state(
     config: Config, vocab_size: int, num_tags: int, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[nnx.GraphDef, TrainState, Any, Callable[[], TrainState]]:
+) -> tuple[nnx.GraphDef, TrainState, TrainState, Callable[[], TrainState]]:
     """Shapes before arrays: nothing is allocated until the last value is called.
 
     Returns:
         the model's graph definition, the state as `ShapeDtypeStruct`s with shardings, those
-        shardings, and a function that initialises the state in place on the mesh.
+        shardings, and a function that initialises the state in place on the mesh: every device
+        draws its own parts, and no host or device ever holds the whole model.
     """
 
     def build(key: jax.Array) -> CLIP:
@@ -43,7 +59,9 @@ def init_state(
 
     def init(key: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.split(build(key), nnx.Param)[1])
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        ema = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), ema, zero, zero)
 
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, key)
@@ -54,47 +72,107 @@ def init_state(
     return graphdef, abstract, shardings, lambda: jax.jit(init, out_shardings=shardings)(key)
 
 
-def loss_fn(
-    model: CLIP, batch: Batch, config: LossConfig, mesh: Mesh, tag_weights_V: jax.Array | None
-) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the losses over the global batch, and what is logged of it.
+def batch_shapes(config: Config, mesh: Mesh) -> Batch:
+    """What a step takes, as `ShapeDtypeStruct`s with shardings."""
+    B, model, loss = config.optim.batch, config.model, config.loss
+    shapes = {
+        "image": ((B, model.image_size, model.image_size, 3), jnp.uint8),
+        "text": ((B, model.context_length), jnp.int32),
+    }
+    if loss.hni:
+        shapes |= {
+            "neg_text": ((B, model.context_length), jnp.int32),
+            "neg_mask": ((B,), jnp.float32),
+        }
+    if loss.tag:
+        shapes["tag_ids"] = ((B, config.data.max_tags), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(*shape, sharding=batch_sharding(mesh))
+        for name, shape in shapes.items()
+    }
 
-    Args:
-        batch: `image` uint8 [B, H, W, 3] and `text` int32 [B, L]; with HNI `neg_text` int32 [B, L]
-            and `neg_mask` [B]; with tags `tag_ids` int32 [B, T].
+
+def embed(
+    model: CLIP, batch: Batch, config: Config, tag_weights_V: jax.Array | None
+) -> dict[str, jax.Array]:
+    """All that the losses need of the images and texts of a batch, or of a part of one.
+
+    Returns:
+        `zimg`, `ztxt` and, with HNI, `zneg` f32 [B, D]; with tags `tag_loss`, `tag_recall` and
+        `tag_mask` f32 [B]. The tag logits, B × V, end here.
     """
-    scale = jnp.exp(model.logit_scale[...])
-    zimg_BxD, tag_logits_BxV = model.encode_image_and_tags(batch["image"])
-    metrics: Metrics = {"logit_scale": scale}
-    if config.hni:
+    rows = {}
+    rows["zimg"], tag_logits_BxV = model.encode_image_and_tags(batch["image"], batch.get("keep"))
+    if config.loss.hni:
         # One forward for both texts. Stacked beside its positive, a negative stays on its device;
         # concatenated behind all positives, it would have to move.
         texts_Bx2xL = jnp.stack([batch["text"], batch["neg_text"]], axis=1)
         z_Bx2xD = model.encode_text(texts_Bx2xL.reshape(-1, texts_Bx2xL.shape[-1])).reshape(
             *texts_Bx2xL.shape[:2], -1
         )
-        ztxt_BxD, zneg_BxD = z_Bx2xD[:, 0], z_Bx2xD[:, 1]
-        metrics["loss/hni"], metrics["hni_accuracy"] = losses.hni(
-            zimg_BxD, ztxt_BxD, zneg_BxD, batch["neg_mask"], scale
-        )
-        metrics["neg_share"] = jnp.mean(batch["neg_mask"].astype(jnp.float32))
+        rows["ztxt"], rows["zneg"] = z_Bx2xD[:, 0], z_Bx2xD[:, 1]
     else:
-        ztxt_BxD = model.encode_text(batch["text"])
-    if config.contrastive:
-        sharded = jax.shard_map(
-            lambda zimg, ztxt, scale: losses.contrastive(zimg, ztxt, scale, BATCH_AXES),
-            mesh=mesh,
-            in_specs=(P(BATCH_AXES), P(BATCH_AXES), P()),
-            out_specs=(P(), P()),
+        rows["ztxt"] = model.encode_text(batch["text"])
+    if config.loss.tag:
+        scores = losses.tag_classification(
+            tag_logits_BxV, batch["tag_ids"], config.loss.tag_form, tag_weights_V
         )
-        metrics["loss/contrastive"], metrics["accuracy"] = sharded(zimg_BxD, ztxt_BxD, scale)
-    if config.tag:
-        metrics["loss/tag"], metrics["tag_recall"] = losses.tag_classification(
-            tag_logits_BxV, batch["tag_ids"], config.tag_form, tag_weights_V
-        )
+        rows |= dict(zip(("tag_loss", "tag_recall", "tag_mask"), scores))
+    return rows
+
+
+def loss_fn(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    batch: Batch,
+    config: Config,
+    mesh: Mesh,
+    tag_weights_V: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """The weighted sum of the losses over the global batch, and what is logged of it.
+
+    With `optim.micro_batches` the towers see a part of the batch at a time and keep nothing but
+    its embeddings; the losses see all of them; and the backward pass embeds each part once more.
+    So value and gradient are those of the whole batch, which averaged gradients of parts would not
+    be: each image has the texts of all parts for rivals (GradCache, Gao et al. 2021).
+
+    Args:
+        batch: as `batch_shapes` has it; `keep` int32 [B, K] where patches are dropped; `weight`
+            f32 [B] where pairs weigh differently.
+    """
+    parts = config.optim.micro_batches
+
+    def rows_of(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        return embed(nnx.merge(graphdef, params), batch, config, tag_weights_V)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Each part takes its rows from all devices alike, so that none has to move.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+
+    if parts == 1:
+        rows = rows_of(params, batch)
+    else:
+        again = jax.checkpoint(rows_of, prevent_cse=False)
+        rows = lax.map(lambda part: again(params, part), jax.tree.map(split, batch))
+        rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+
+    scale = jnp.exp(params["logit_scale"])
+    own = params.get("hni_logit_scale")
+    weight_B = batch.get("weight")
+    metrics = {"logit_scale": scale} | losses.image_text(
+        rows["zimg"], rows["ztxt"], scale, config.loss, mesh,
+        zneg_BxD=rows.get("zneg"), neg_mask_B=batch.get("neg_mask"),
+        bias=params.get("logit_bias"), hni_scale=None if own is None else jnp.exp(own),
+        weight_B=weight_B,
+    )  # fmt: skip
+    if config.loss.tag:
+        mask_B = rows["tag_mask"] if weight_B is None else rows["tag_mask"] * weight_B
+        metrics["loss/tag"] = losses.masked_mean(rows["tag_loss"], mask_B)
+        metrics["tag_recall"] = losses.masked_mean(rows["tag_recall"], mask_B)
     loss = sum(
-        weight * metrics[f"loss/{part}"]
-        for part, weight in vars(config).items()
+        getattr(config.loss, part) * metrics[f"loss/{part}"]
+        for part in ("contrastive", "hni", "tag")
         if f"loss/{part}" in metrics
     )
     return loss, metrics | {"loss": loss}
@@ -105,24 +183,52 @@ def make_train_step(
     tx: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
-    shardings: Any,
+    shardings: TrainState,
     tag_weights_V: jax.Array | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step. The state it is given is donated: only the returned one may be used."""
+    """The jitted step. The state it is given is donated: only the returned one may be used.
+
+    An update whose loss or gradient is no number is skipped: parameters, moments and average stay,
+    and `skipped` and `streak` count it.
+    """
+    arch, optim = ARCHITECTURES[config.model.arch], config.optim
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if config.model.patch_dropout:
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            kept = patches_kept(arch, config.model.image_size, config.model.patch_dropout)
+            patches = (config.model.image_size // arch.patch) ** 2
+            keep_BxK = draw_patches(key, optim.batch, patches, kept)
+            keep_BxK = lax.with_sharding_constraint(keep_BxK, batch_sharding(mesh))
+            batch = batch | {"keep": keep_BxK}
+
         def of_params(params: Any) -> tuple[jax.Array, Metrics]:
-            model = nnx.merge(graphdef, params)
-            return loss_fn(model, batch, config.loss, mesh, tag_weights_V)
+            # Gradients get the parameters' sharding from it, also where they add up over parts.
+            params = lax.with_sharding_constraint(params, shardings.params)
+            return loss_fn(graphdef, params, batch, config, mesh, tag_weights_V)
 
         grads, metrics = jax.grad(of_params, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # OpenAI's clamp: beyond 100 training becomes unstable.
-        params["logit_scale"] = jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)
         for tower in ("visual", "text"):
             metrics[f"grad_norm/{tower}"] = optax.global_norm(grads[tower])
-        return TrainState(state.step + 1, params, opt_state), metrics
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        for name in ("logit_scale", "hni_logit_scale"):
+            if name in params:
+                # OpenAI's clamp: beyond 100 training becomes unstable.
+                params[name] = jnp.clip(params[name], 0, MAX_LOGIT_SCALE)
+        ema = state.ema and jax.tree.map(
+            lambda old, new: optim.ema * old + (1 - optim.ema) * new, state.ema, params
+        )
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(grads))
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        skipped = state.skipped + ~sound
+        streak = jnp.where(sound, 0, state.streak + 1)
+        metrics |= {"skipped": skipped, "streak": streak}
+        return TrainState(state.step + 1, params, opt_state, ema, skipped, streak), metrics
 
     return jax.jit(
         step,

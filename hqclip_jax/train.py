@@ -9,7 +9,6 @@ Started again with the same --workdir it continues from the last checkpoint.
 import argparse
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -135,7 +134,7 @@ class Report:
         """Writes the metrics that are due, if any.
 
         Raises:
-            FloatingPointError: the loss is no number.
+            FloatingPointError: too many updates in a row were skipped.
         """
         if self.due is None:
             return
@@ -148,7 +147,7 @@ class Report:
         elapsed = max(now - then, 1e-9)
         records = step * self.config.optim.batch
         metrics |= {
-            "lr": float(self.lr(step - 1)),
+            "lr": float(self.lr(step - 1 - metrics["skipped"])),  # a skipped update takes no step
             "images_per_s": (step - since) * self.config.optim.batch / elapsed,
             "data_wait": min(self.watch.take("data") / elapsed, 1.0),
             "samples": records,
@@ -158,10 +157,11 @@ class Report:
         if self.writer:
             self.writer.write(step, metrics)
             self.progress.report(step, metrics)
-        if not math.isfinite(metrics["loss"]):
+        if metrics["streak"] >= self.config.optim.max_skipped:
             raise FloatingPointError(
-                f"loss is {metrics['loss']} at step {step}: lower optim.lr, lengthen optim.warmup "
-                "or set optim.clip_norm=1; checkpoints since the report before may hold it too"
+                f"the last {metrics['streak']:.0f} updates up to step {step} were skipped: the "
+                f"loss ({metrics['loss']}) or a gradient is no number. The parameters are those "
+                "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
             )
 
 

@@ -12,7 +12,7 @@ from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, Optim
 from hqclip_jax.models.clip import MAX_LOGIT_SCALE
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import batch_sharding, make_mesh
-from hqclip_jax.step import init_state, loss_fn, make_train_step
+from hqclip_jax.step import TrainState, init_state, loss_fn, make_train_step
 
 B, L, VOCAB, TAGS = 16, 8, 40, 12
 CONFIG = Config(
@@ -49,6 +49,11 @@ def run(devices: int, mesh_config: MeshConfig, config: Config = CONFIG, steps: i
     return jax.device_get(state), history
 
 
+def moments(state: TrainState) -> dict:
+    """AdamW's first: after one step the gradient, but for a factor."""
+    return state.opt_state[1][0].mu
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return run(1, MeshConfig())
@@ -68,7 +73,7 @@ def test_many_devices_equal_one(one_device, devices, mesh):
     # decides the sign of the step. Hence the moments tightly, the parameters within two steps.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
-        state.opt_state[0].mu, expected_state.opt_state[0].mu,
+        moments(state), moments(expected_state),
     )  # fmt: skip
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3),
@@ -87,14 +92,15 @@ def test_loss_is_the_weighted_sum_of_the_references():
         model = nnx.merge(graphdef, params)
         zimg, tag_logits = model.encode_image_and_tags(batch["image"])
         z = zimg, model.encode_text(batch["text"]), model.encode_text(batch["neg_text"])
-        return loss_fn(model, batch, config.loss, mesh, None), z, tag_logits
+        return loss_fn(graphdef, params, batch, config, mesh), z, tag_logits
 
     (loss, metrics), (zimg, ztxt, zneg), tag_logits = both(params, batch)
     scale = jnp.exp(params["logit_scale"])
+    tag_loss, _, tag_mask = losses.tag_classification(tag_logits, batch["tag_ids"])
     parts = {
         "contrastive": losses.contrastive_reference(zimg, ztxt, scale)[0],
-        "hni": losses.hni(zimg, ztxt, zneg, batch["neg_mask"], scale)[0],
-        "tag": losses.tag_classification(tag_logits, batch["tag_ids"])[0],
+        "hni": losses.hni_reference(zimg, ztxt, zneg, batch["neg_mask"], scale),
+        "tag": losses.masked_mean(tag_loss, tag_mask),
     }
     for name, value in parts.items():
         np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-5)
@@ -111,7 +117,7 @@ def test_training_lowers_every_loss(one_device):
 
 @pytest.mark.parametrize("off", ["contrastive", "hni", "tag"])
 def test_a_loss_of_weight_zero_is_not_computed(off):
-    config = dataclasses.replace(CONFIG, loss=dataclasses.replace(LossConfig(), **{off: 0.0}))
+    config = dataclasses.replace(CONFIG, loss=LossConfig(**{off: 0.0}))
     mesh = make_mesh(MeshConfig(), B, jax.devices()[:1])
     tx = make_tx(config.optim, 1, 10)
     graphdef, abstract, shardings, _ = init_state(config, VOCAB, TAGS, tx, mesh)

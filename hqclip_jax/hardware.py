@@ -1,0 +1,84 @@
+"""Chips: published peaks, and TPU topologies to compile for without having them."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from hqclip_jax.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator as its maker publishes it.
+
+    Attributes:
+        name: as people say it.
+        kind: as JAX's `device_kind` says it: equal for TPUs, contained for GPUs.
+        peak: dense bf16 FLOP/s.
+        hbm: GiB of memory as sold; what a program may use is a little less.
+        link: bytes/s that it sends to its neighbours (ICI or NVLink), all links together, one way.
+        source: where the figures are published.
+    """
+
+    name: str
+    kind: str
+    peak: float
+    hbm: float
+    link: float
+    source: str
+
+
+_TPU = "https://docs.cloud.google.com/tpu/docs/"
+CHIPS = (
+    Chip("v4", "TPU v4", 275e12, 32, 300e9, _TPU + "v4"),
+    Chip("v5e", "TPU v5 lite", 197e12, 16, 200e9, _TPU + "v5e"),
+    Chip("v5p", "TPU v5", 459e12, 95, 600e9, _TPU + "v5p"),
+    Chip("v6e", "TPU v6 lite", 918e12, 32, 400e9, _TPU + "v6e"),
+    Chip("A100", "A100", 312e12, 80, 300e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    Chip("H100", "H100", 989e12, 80, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    Chip("H200", "H200", 989e12, 141, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"),
+    Chip("B200", "B200", 2250e12, 180, 900e9, "https://www.nvidia.com/en-us/data-center/hgx/"),
+)
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a JAX device is, or None where its peak is not in the table, as for a CPU."""
+    if device.platform == "tpu":
+        return next((chip for chip in CHIPS if chip.kind == device.device_kind), None)
+    return next((chip for chip in CHIPS if chip.kind in device.device_kind), None)
+
+
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """Devices of a TPU topology such as `v5e:16x16`, to compile for; none of it need exist.
+
+    One device is one chip, on v4 too, where the two cores of a chip work as one (megacore).
+
+    Args:
+        name: generation and shape in chips.
+        slices: how many of them, joined by the data-centre network.
+
+    Raises:
+        ConfigError: no such topology, or libtpu is not installed.
+    """
+    # Of a machine without TPUs libtpu asks for host names that are not there, and locks itself.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    known = [chip.name for chip in CHIPS if chip.kind.startswith("TPU")]
+    generation, _, shape = name.partition(":")
+    if generation not in known or not shape:
+        raise ConfigError(
+            f"--topology={name}: write a generation ({', '.join(known)}) and a shape in chips, "
+            "such as v5e:16x16 or v4:4x4x4"
+        )
+    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=slices, **options
+        ).devices
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"--topology={name} needs libtpu: pip install libtpu") from e
+    except Exception as e:  # jaxlib's error type is no public name
+        raise ConfigError(f"--topology={name}: {str(e).splitlines()[0]}") from e
