@@ -16,7 +16,7 @@ class Chip:
         name: as people say it.
         kind: as JAX's `device_kind` says it: equal for TPUs, contained for GPUs.
         peak: dense bf16 FLOP/s.
-        hbm: GiB of memory as sold; what a program may use is a little less.
+        hbm: GiB that a program may use: where a TPU's compiler refuses, of GPUs as sold.
         link: bytes/s that it sends to its neighbours (ICI or NVLink), all links together, one way.
         source: where the figures are published.
     """
@@ -31,15 +31,25 @@ class Chip:
 
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, 32, 300e9, _TPU + "v4"),
-    Chip("v5e", "TPU v5 lite", 197e12, 16, 200e9, _TPU + "v5e"),
-    Chip("v5p", "TPU v5", 459e12, 95, 600e9, _TPU + "v5p"),
-    Chip("v6e", "TPU v6 lite", 918e12, 32, 400e9, _TPU + "v6e"),
+    Chip("v4", "TPU v4", 275e12, 30.75, 300e9, _TPU + "v4"),
+    Chip("v5e", "TPU v5 lite", 197e12, 15.75, 200e9, _TPU + "v5e"),
+    Chip("v5p", "TPU v5", 459e12, 95.74, 600e9, _TPU + "v5p"),
+    Chip("v6e", "TPU v6 lite", 918e12, 31.25, 400e9, _TPU + "v6e"),
     Chip("A100", "A100", 312e12, 80, 300e9, "https://www.nvidia.com/en-us/data-center/a100/"),
     Chip("H100", "H100", 989e12, 80, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
     Chip("H200", "H200", 989e12, 141, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"),
     Chip("B200", "B200", 2250e12, 180, 900e9, "https://www.nvidia.com/en-us/data-center/hgx/"),
 )
+
+
+_WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 
 
 def chip_of(device: jax.Device) -> Chip | None:
@@ -61,9 +71,9 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     Raises:
         ConfigError: no such topology, or libtpu is not installed.
     """
-    # Of a machine without TPUs libtpu asks for host names that are not there, and locks itself.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Where there is no TPU, libtpu looks for one, complains, and locks itself against others.
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     known = [chip.name for chip in CHIPS if chip.kind.startswith("TPU")]

@@ -16,7 +16,15 @@ from hqclip_jax.losses import Metrics
 from hqclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from hqclip_jax.models.vision import draw_patches, patches_kept
 from hqclip_jax.models.zoo import ARCHITECTURES
-from hqclip_jax.sharding import BATCH_AXES, P, batch_sharding, replicated, tree_shardings
+from hqclip_jax.sharding import (
+    BATCH_AXES,
+    P,
+    batch_sharding,
+    gathered,
+    replicated,
+    rows_split,
+    tree_shardings,
+)  # fmt: skip
 
 Batch = dict[str, jax.Array]
 
@@ -143,7 +151,9 @@ def loss_fn(
     parts = config.optim.micro_batches
 
     def rows_of(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        return embed(nnx.merge(graphdef, params), batch, config, tag_weights_V)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            model = nnx.merge(graphdef, gathered(params, config.model.dtype))
+            return jax.tree.map(rows_split, embed(model, batch, config, tag_weights_V))
 
     def split(x: jax.Array) -> jax.Array:
         # Each part takes its rows from all devices alike, so that none has to move.

@@ -170,7 +170,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     if not config.data.path:
         raise ConfigError("data.path is not set: --config.data.path=DIR that `refine run` wrote")
     workdir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh, config.optim.batch)
+    mesh = make_mesh(config.mesh, config.optim.batch, parts=config.optim.micro_batches)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     found = checkpoints.latest()
     stored = checkpoints.info(found) if found is not None else None

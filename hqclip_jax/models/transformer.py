@@ -1,19 +1,28 @@
 """The pre-norm transformer that both towers share: layers stacked in one array and scanned."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.zoo import Tower
+from hqclip_jax.sharding import gathered, rows_split
 
 LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exactly, by erf in f32: `jax.nn.gelu` takes erfc, several times the work for accuracy in the
+    negative tail that x, or bf16, does not have."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * np.sqrt(0.5, dtype=np.float32)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's weights were trained with it
 }
 
@@ -66,11 +75,18 @@ class Block(nnx.Module):
         )
         self.act = act
 
-    def __call__(self, x_BxLxD: jax.Array, *, causal: bool) -> jax.Array:
-        q, k, v = jnp.moveaxis(self.qkv(self.ln_1(x_BxLxD)), -3, 0)
-        x_BxLxD += self.out(attention(q, k, v, causal=causal))
-        hidden = ACTIVATIONS[self.act](self.mlp_in(self.ln_2(x_BxLxD)))
-        return x_BxLxD + self.mlp_out(hidden)
+    def __call__(self, x_NxD: jax.Array, length: int, *, causal: bool) -> jax.Array:
+        """N tokens, which are sequences of `length` one after the other."""
+        qkv_NxCxHxW = self.qkv(self.ln_1(x_NxD))
+        qkv_BxLxCxHxW = qkv_NxCxHxW.reshape(-1, length, *qkv_NxCxHxW.shape[1:])
+        # Of a split the gradient is one concatenation; of three slices, three padded arrays' sum.
+        q, k, v = (part[:, :, 0] for part in jnp.split(qkv_BxLxCxHxW, 3, axis=2))
+        heads_BxLxHxW = attention(q, k, v, causal=causal)
+        x_NxD += self.out(heads_BxLxHxW.reshape(-1, *heads_BxLxHxW.shape[2:]))
+        hidden = self.mlp_in(self.ln_2(x_NxD))
+        # Its input is all that the backward pass need keep of an activation.
+        act = jax.checkpoint(ACTIVATIONS[self.act], prevent_cse=False)
+        return x_NxD + self.mlp_out(act(hidden))
 
 
 class Transformer(nnx.Module):
@@ -93,11 +109,12 @@ class Transformer(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         graphdef, layers = nnx.split(self.blocks)
 
-        def block(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, causal=self.causal), None
+        def block(x: jax.Array, layer: dict) -> tuple[jax.Array, None]:
+            layer = gathered(layer, x.dtype, stack="blocks")
+            return nnx.merge(graphdef, layer)(rows_split(x), causal=self.causal), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             # Inside a scan nothing can be merged back, so the barrier would only cost time.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        return jax.lax.scan(block, x_BxLxD, layers, unroll=self.unroll)[0]
+        return jax.lax.scan(block, x_BxLxD, nnx.to_pure_dict(layers), unroll=self.unroll)[0]

@@ -1,0 +1,94 @@
+"""What a compiled program sends between devices, read from its text."""
+
+import math
+import re
+from collections import defaultdict
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_ITEMSIZE = {
+    "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8,
+}  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"\b(?:calls|to_apply|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_TRIP_COUNT = re.compile(r"known_trip_count\D*(\d+)")
+
+
+def _bytes(shapes: str) -> int:
+    """Of all arrays of a result type."""
+    return sum(
+        _ITEMSIZE.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in _ARRAY.findall(shapes)
+    )
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by its name, and the name of the entry."""
+    bodies: dict[str, list[str]] = {}
+    name, entry = "", ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            bodies[name] = []
+            if line.startswith("ENTRY"):
+                entry = name
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """How often a loop runs: as the compiler noted it, or the bound that its condition has."""
+    if match := _TRIP_COUNT.search(line):
+        return int(match[1])
+    bounds = [int(n) for c in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", c)]
+    return max(bounds, default=1)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Collectives of one execution, by kind: how many, and bytes of their results on a device.
+
+    Loops count as often as they run. A TPU compiler weaves one collective into several fusions,
+    all with its channel id: it counts once. A tuple counts whole, and asynchronous forms, whose
+    result has the operand too, half.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    bodies, entry = _computations(text)
+    runs: dict[str, int] = defaultdict(int)
+    waiting = [(entry, 1)]
+    while waiting:
+        name, times = waiting.pop()
+        if times <= runs[name]:
+            continue
+        runs[name] = times
+        for line in bodies.get(name, ()):
+            if loop := _WHILE.search(line):
+                condition, body = loop.groups()
+                waiting.append((body, times * _trips(line, bodies.get(condition, []))))
+            for called, branches in _CALLED.findall(line):
+                names = [called] if called else re.findall(r"[\w.\-]+", branches)
+                waiting += [(n, times) for n in names]
+    seen: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, times in runs.items():
+        for i, line in enumerate(bodies.get(name, ())):
+            match = _COLLECTIVE.search(line)
+            if not match:
+                continue
+            shapes, kind, start = match.groups()
+            channel = _CHANNEL.search(line)
+            key = (kind, channel[1] if channel else f"{name}:{i}")
+            size = _bytes(shapes) // (2 if start and kind != "all-reduce" else 1)
+            # The compiler's name says where a sum is scattered in the same breath.
+            found = ("reduce-scatter", key[1]) if "all-reduce-scatter" in name else key
+            seen[found] = max(seen.get(found, (0, 0)), (times, times * size))
+    totals: dict[str, tuple[int, int]] = {}
+    for (kind, _), (times, size) in seen.items():
+        count, total = totals.get(kind, (0, 0))
+        totals[kind] = (count + times, total + size)
+    return totals
