@@ -12,7 +12,7 @@ from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, Optim
 from hqclip_jax.models.clip import MAX_LOGIT_SCALE
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import batch_sharding, make_mesh
-from hqclip_jax.step import TrainState, init_state, loss_fn, make_train_step
+from hqclip_jax.step import TrainState, batch_shapes, init_state, loss_fn, make_train_step
 
 B, L, VOCAB, TAGS = 16, 8, 40, 12
 CONFIG = Config(
@@ -125,6 +125,153 @@ def test_a_loss_of_weight_zero_is_not_computed(off):
     step = make_train_step(graphdef, tx, config, mesh, shardings)
     _, metrics = jax.eval_shape(step, abstract, batch)
     assert f"loss/{off}" not in metrics
+
+
+def changed(**sections) -> Config:
+    """CONFIG with other values: `changed(optim={"micro_batches": 2})`."""
+    return dataclasses.replace(
+        CONFIG,
+        **{k: dataclasses.replace(getattr(CONFIG, k), **v) for k, v in sections.items()},
+    )
+
+
+def loss_and_gradient(config: Config, mesh: jax.sharding.Mesh, batch: dict):
+    graphdef, _, _, init = init_state(config, VOCAB, TAGS, make_tx(config.optim, 1, 10), mesh)
+    of_params = lambda params: loss_fn(graphdef, params, batch, config, mesh)
+    return jax.jit(jax.value_and_grad(of_params, has_aux=True))(init().params)
+
+
+@pytest.mark.parametrize("hni_form", ["pair", "all"])
+@pytest.mark.parametrize("mesh", [MeshConfig(replica=1), MeshConfig(fsdp=2)], ids=["1", "2 × fsdp"])
+def test_micro_batches_change_no_loss_and_no_gradient(mesh, hni_form):
+    whole = changed(loss={"hni_form": hni_form})
+    parts = changed(loss={"hni_form": hni_form}, optim={"micro_batches": 4})
+    devices = 1 if mesh.replica == 1 else 4
+    of = make_mesh(mesh, B, jax.devices()[:devices], parts=4)
+    batch = jax.device_put(make_batch(), batch_sharding(of))
+    (_, expected), right = loss_and_gradient(whole, of, batch)
+    (_, found), grads = loss_and_gradient(parts, of, batch)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(float(np.abs(b).max()), 1e-2))
+
+
+def test_an_average_of_the_gradients_of_parts_would_be_another():
+    """What micro-batches must not do: each part alone has other rivals."""
+    of = make_mesh(MeshConfig(replica=1), B, jax.devices()[:1])
+    batch = make_batch()
+    half = lambda i: {k: v[i * B // 2 : (i + 1) * B // 2] for k, v in batch.items()}
+    (_, expected), _ = loss_and_gradient(CONFIG, of, batch)
+    averaged = [loss_and_gradient(CONFIG, of, half(i))[0][1]["loss/contrastive"] for i in (0, 1)]
+    assert abs(np.mean(averaged) - expected["loss/contrastive"]) > 0.1
+
+
+def test_memory_falls_with_the_number_of_micro_batches():
+    rows = 2048
+    of = make_mesh(MeshConfig(), rows, parts=8)
+    sizes = []
+    for parts in (1, 2, 8):
+        config = changed(optim={"micro_batches": parts, "batch": rows}, loss={"tag": 0.0})
+        tx = make_tx(config.optim, 1, 10)
+        graphdef, abstract, shardings, _ = init_state(config, VOCAB, 0, tx, of)
+        step = make_train_step(graphdef, tx, config, of, shardings)
+        compiled = step.lower(abstract, batch_shapes(config, of)).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert sizes[0] > 1.5 * sizes[1] > 1.5**2 * sizes[2], sizes
+
+
+def test_an_update_that_is_no_number_is_skipped_and_counted():
+    config = changed(optim={"ema": 0.9})
+    mesh = make_mesh(MeshConfig(), B)
+    tx = make_tx(config.optim, 1, 10)
+    graphdef, _, shardings, init = init_state(config, VOCAB, TAGS, tx, mesh)
+    train_step = make_train_step(graphdef, tx, config, mesh, shardings)
+    good = jax.device_put(make_batch(), batch_sharding(mesh))
+    # A weight that is no number stands for whatever may go wrong in the towers.
+    bad = good | {"neg_mask": good["neg_mask"].at[0].set(jnp.nan)}
+    state, _ = train_step(init(), good)
+    before = jax.device_get(state)
+    for i in (1, 2):
+        state, metrics = train_step(state, bad)
+        assert not np.isfinite(metrics["loss"])
+        assert (int(metrics["skipped"]), int(metrics["streak"])) == (i, i)
+    after = jax.device_get(state)
+    for part in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+    assert int(after.step) == 3
+    state, metrics = train_step(state, good)
+    assert np.isfinite(metrics["loss"])
+    assert (int(metrics["skipped"]), int(metrics["streak"])) == (2, 0)
+    assert np.any(
+        state.params["visual"]["class_embedding"] != before.params["visual"]["class_embedding"]
+    )
+
+
+def test_the_average_follows_the_parameters():
+    config = changed(optim={"ema": 0.75})
+    first, _ = run(1, MeshConfig(), config, steps=1)
+    start = init_state(
+        config, VOCAB, TAGS, make_tx(config.optim, 1, 10), make_mesh(MeshConfig(), B)
+    )[3]()
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, first.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.ema, expected)
+    assert run(1, MeshConfig(), CONFIG, steps=1)[0].ema is None
+
+
+def test_first_moment_in_bf16_and_second_in_f32():
+    state, _ = run(1, MeshConfig(), changed(optim={"mu_dtype": "bfloat16"}), steps=1)
+    adam = state.opt_state[1][0]
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"contrastive_form": "sigmoid"},
+        {"hni_form": "own"},
+        {"hni_scale": "own"},
+        {"tag_form": "bce", "tag_input": "projected"},
+    ],
+    ids=str,
+)
+def test_every_form_trains(loss):
+    state, history = run(8, MeshConfig(fsdp=2), changed(loss=loss))
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert ("logit_bias" in state.params) == ("contrastive_form" in loss)
+    assert ("hni_logit_scale" in state.params) == ("hni_scale" in loss)
+
+
+def test_dropped_patches_differ_by_step_and_not_by_mesh():
+    config = changed(model={"patch_dropout": 0.5, "image_size": 32})
+    batch = make_batch() | {
+        "image": np.random.default_rng(1).integers(0, 256, (B, 32, 32, 3), np.uint8)
+    }
+    found = []
+    for devices, mesh_config in ((1, MeshConfig()), (8, MeshConfig(fsdp=2, tensor=2))):
+        mesh = make_mesh(mesh_config, B, jax.devices()[:devices])
+        tx = make_tx(dataclasses.replace(config.optim, lr=1e-30), 1, 10)  # nothing moves
+        graphdef, _, shardings, init = init_state(config, VOCAB, TAGS, tx, mesh)
+        train_step = make_train_step(graphdef, tx, config, mesh, shardings)
+        state, losses_seen = init(), []
+        for _ in range(2):
+            state, metrics = train_step(state, jax.device_put(batch, batch_sharding(mesh)))
+            losses_seen.append(float(metrics["loss"]))
+        found.append(losses_seen)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert abs(found[0][0] - found[0][1]) > 1e-4
+
+
+def test_initialisation_leaves_no_device_with_the_whole_model():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), B)
+    _, abstract, _, init = init_state(CONFIG, 4096, 64, make_tx(CONFIG.optim, 1, 10), mesh)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    held = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(init()):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert max(held.values()) < whole / 5
 
 
 def test_logit_scale_is_clamped():
