@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hqclip_jax import config as config_lib
-from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.config import Config, ConfigError, MeshConfig
 from hqclip_jax.cost import device_memory, recomputed_flops, step_flops
 from hqclip_jax.data.tokenizer import ClipTokenizer
 from hqclip_jax.hardware import CHIPS, Chip, chip_of, topology_devices
@@ -86,15 +86,15 @@ class Plan:
         return fields | {"flops_per_step": sum(self.flops.values()), "chip_hours": self.chip_hours}
 
 
-def shapes_of(config: Config, mesh: Mesh) -> tuple[Any, TrainState, TrainState, Any, int]:
-    """Graph, abstract state, shardings and optimizer of a configuration, nothing allocated; and the
-    tags of its head, taken to fill the vocabulary."""
-    num_tags = config.data.tag_vocabulary if config.loss.tag else 0
+def tags_of(config: Config) -> int:
+    """Classes of the tag head, taken to fill the vocabulary."""
+    return config.data.tag_vocabulary if config.loss.tag else 0
+
+
+def init_shapes(config: Config, mesh: Mesh) -> tuple[Any, TrainState, TrainState, Any]:
+    """Graph, abstract state, shardings and optimizer of a configuration; nothing is allocated."""
     tx = make_tx(config.optim, 1, 2)
-    graphdef, abstract, shardings, _ = init_state(
-        config, ClipTokenizer.vocab_size, num_tags, tx, mesh
-    )
-    return graphdef, abstract, shardings, tx, num_tags
+    return *init_state(config, ClipTokenizer.vocab_size, tags_of(config), tx, mesh)[:3], tx
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
@@ -103,13 +103,18 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     Raises:
         jax.errors.JaxRuntimeError: it does not fit.
     """
-    graphdef, abstract, shardings, tx, _ = shapes_of(config, mesh)
+    graphdef, abstract, shardings, tx = init_shapes(config, mesh)
     step = make_train_step(graphdef, tx, config, mesh, shardings)
     return step.lower(abstract, batch_shapes(config, mesh)).compile()
 
 
 def make_plan(
-    config: Config, topology: str, mfu: float, slices: int = 1, compile_it: bool = True
+    config: Config,
+    topology: str,
+    mfu: float,
+    slices: int = 1,
+    compile_it: bool = True,
+    abstract: TrainState | None = None,
 ) -> Plan:
     """Plans one configuration.
 
@@ -118,6 +123,7 @@ def make_plan(
             can't compile for a GPU that is not there.
         mfu: share of the peak to reckon time with.
         compile_it: without, everything is by formula.
+        abstract: the state's shapes, where they are known from a configuration of the same model.
 
     Raises:
         ConfigError: an unknown topology, or a mesh that it does not allow.
@@ -126,9 +132,9 @@ def make_plan(
     if note:
         compile_it = False
     mesh = make_mesh(config.mesh, config.optim.batch, devices, config.optim.micro_batches)
-    _, abstract, _, _, num_tags = shapes_of(config, mesh)
+    abstract = abstract or init_shapes(config, mesh)[1]
     formula = device_memory(config, abstract, mesh, fused="GPU" in note)
-    flops = step_flops(config, num_tags)
+    flops = step_flops(config, tags_of(config))
     fits = hbm = compile_s = None
     memory: dict[str, float] = {}
     sends: dict[str, tuple[int, int]] = {}
@@ -203,9 +209,10 @@ def search(
     """
     chip, devices, _ = _chips(topology, slices)
     candidates = []
+    abstract = init_shapes(config, make_mesh(MeshConfig(), len(devices), devices))[1]
     for variant in _variants(config, len(devices) // slices):
         try:
-            plan = make_plan(variant, topology, mfu, slices, compile_it=False)
+            plan = make_plan(variant, topology, mfu, slices, False, abstract)
         except ConfigError:
             continue
         # The formula is within a third of the compiler.

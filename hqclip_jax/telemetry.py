@@ -4,15 +4,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import jax
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from hqclip_jax.hardware import chip_of
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,19 @@ class Stopwatch:
         return self.seconds.pop(name, 0.0)
 
 
+def utilisation(flops: float, seconds: float, devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Speed by formula: `tflops_per_chip`, model TFLOP/s of one chip; and `mfu`, their share of the
+    published bf16 peak, where that is known (not for a CPU).
+
+    Args:
+        flops: model FLOPs of all devices together, as `cost.step_flops` counts them.
+        seconds: that they took.
+    """
+    rate = flops / seconds / len(devices)
+    chip = chip_of(devices[0])
+    return {"tflops_per_chip": rate / 1e12} | ({"mfu": rate / chip.peak} if chip else {})
+
+
 class ProgressLine:
     """A bar in a terminal; in a log file one line per report."""
 
@@ -134,6 +150,8 @@ class ProgressLine:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows loss and speed; `metrics` holds `loss` and `images_per_s` at least."""
         line = f"loss {metrics['loss']:.4f}  {metrics['images_per_s']:,.0f} images/s"
+        if "mfu" in metrics:
+            line += f"  MFU {metrics['mfu']:.1%}"
         if not self._bar.disable:
             self._bar.update(self._task, line=line)
             return

@@ -27,6 +27,7 @@ from rich.console import Console
 from hqclip_jax import config as config_lib
 from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo, check_same_model
 from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.cost import step_flops
 from hqclip_jax.data.pipeline import Pipeline, to_device
 from hqclip_jax.data.record import DatasetError
 from hqclip_jax.data.tags import TagVocabulary
@@ -34,7 +35,13 @@ from hqclip_jax.data.tokenizer import ClipTokenizer
 from hqclip_jax.optim import make_tx, warmup_cosine
 from hqclip_jax.sharding import batch_sharding, bytes_per_device, make_mesh
 from hqclip_jax.step import Metrics, TrainState, init_state, make_train_step
-from hqclip_jax.telemetry import MetricWriter, ProgressLine, Stopwatch, setup_logging
+from hqclip_jax.telemetry import (
+    MetricWriter,
+    ProgressLine,
+    Stopwatch,
+    setup_logging,
+    utilisation,
+)  # fmt: skip
 
 log = logging.getLogger("hqclip_jax.train")
 
@@ -121,6 +128,7 @@ class Report:
     writer: MetricWriter | None
     progress: ProgressLine
     lr: optax.Schedule
+    flops: float  # of one step
     watch: Stopwatch = field(default_factory=Stopwatch)
     due: tuple[int, Metrics] | None = None
     _last: tuple[int, float] | None = None
@@ -146,6 +154,8 @@ class Report:
         self._last = (step, now)
         elapsed = max(now - then, 1e-9)
         records = step * self.config.optim.batch
+        if step > since:
+            metrics |= utilisation((step - since) * self.flops, elapsed, jax.devices())
         metrics |= {
             "lr": float(self.lr(step - 1 - metrics["skipped"])),  # a skipped update takes no step
             "images_per_s": (step - since) * self.config.optim.batch / elapsed,
@@ -214,7 +224,8 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     try:
         with StopSignal() as stop, ProgressLine(console, start, total) as progress:
             lr = warmup_cosine(config.optim.lr, warmup, total)
-            report = Report(config, pipeline, writer, progress, lr)
+            flops = sum(step_flops(config, num_tags).values())
+            report = Report(config, pipeline, writer, progress, lr, flops)
             while step < total and not stop.number:
                 with report.watch("data"):
                     batch = to_device(next(batches), sharding)

@@ -17,7 +17,7 @@ from hqclip_jax.checkpoint import (
     check_same_model,
     restore_model,
 )
-from hqclip_jax.config import Config, MeshConfig, ModelConfig, OptimConfig
+from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig
 from hqclip_jax.data.tags import TagVocabulary
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import make_mesh
@@ -149,3 +149,34 @@ def test_only_the_latest_stay(tmp_path):
         checkpoints.save(step, state, INFO)  # the last step may be asked for twice
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["2", "3"]
+
+
+def test_an_average_of_the_parameters_is_saved_and_restored_apart(tmp_path):
+    config = dataclasses.replace(CONFIG, optim=OptimConfig(batch=8, ema=0.9))
+    mesh = make_mesh(MeshConfig(), 8)
+    _, abstract, _, init = init_state(config, 49408, len(TAGS), make_tx(config.optim, 1, 10), mesh)
+    state = init()
+    state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
+    expected = jax.device_get(state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, dataclasses.replace(INFO, config=config))
+    checkpoints.manager.wait_until_finished()
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, abstract), expected)
+    checkpoints.close()
+    restored = restore_model(tmp_path, weights="ema").params
+    jax.tree.map(np.testing.assert_array_equal, restored, expected.ema)
+    jax.tree.map(np.testing.assert_array_equal, restore_model(tmp_path).params, expected.params)
+
+
+def test_a_checkpoint_without_an_average_says_so(saved):
+    with pytest.raises(CheckpointError, match=r"has no average: optim\.ema was 0"):
+        restore_model(saved[0], weights="ema")
+
+
+def test_a_form_of_the_losses_with_other_parameters_is_another_model():
+    sigmoid = dataclasses.replace(CONFIG, loss=LossConfig(contrastive_form="sigmoid"))
+    with pytest.raises(CheckpointError, match=r"loss\.contrastive_form is 'softmax' there"):
+        check_same_model(INFO, sigmoid, len(TAGS), Path("x"))
+    average = dataclasses.replace(CONFIG, optim=OptimConfig(batch=8, ema=0.9))
+    with pytest.raises(CheckpointError, match=r"optim\.ema > 0 is False there, True here"):
+        check_same_model(INFO, average, len(TAGS), Path("x"))

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,36 @@ def test_help_names_every_field():
     text = config_lib.describe()
     for name, _, _ in config_lib.walk(Config(ModelConfig(), DataConfig())):
         assert f"--config.{name}=" in text
+
+
+def test_sizes_of_zero_are_the_architecture_s_own():
+    config = config_lib.validate(Config(model=ModelConfig(arch="ViT-L/14-336")))
+    assert (config.model.image_size, config.model.context_length) == (336, 77)
+    config = config_lib.validate(Config(model=ModelConfig(arch="ViT-L/14-CLIPA", image_size=84)))
+    assert (config.model.image_size, config.model.context_length) == (84, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("loss.hni_form", "all", "has none: take loss.hni_form='pair'"),
+        ("model.patch_dropout", "1.0", "model.patch_dropout=1.0 is not a share"),
+        ("optim.ema", "-0.1", "optim.ema=-0.1 is not a share"),
+        ("optim.micro_batches", "0", "optim.micro_batches=0 must be above 0"),
+    ],
+)
+def test_new_fields_are_checked(field, value, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_lib.load(f"{CONFIGS}/small.py", {"loss.contrastive_form": "sigmoid", field: value})
+
+
+def test_a_softmax_shared_by_both_losses_has_one_temperature():
+    with pytest.raises(ConfigError, match=r"loss\.hni_scale='own' goes with"):
+        config_lib.load(f"{CONFIGS}/small.py", {"loss.hni_form": "own", "loss.hni_scale": "own"})
+
+
+def test_both_stages_of_clipa_and_no_third():
+    assert config_lib.load(f"{CONFIGS}/xlarge_clipa.py", {}).model.image_size == 84
+    assert config_lib.load(f"{CONFIGS}/xlarge_clipa.py:finetune", {}).model.context_length == 32
+    with pytest.raises(ConfigError, match="the stages are"):
+        config_lib.load(f"{CONFIGS}/xlarge_clipa.py:third", {})

@@ -3,7 +3,16 @@ import jax.numpy as jnp
 import pytest
 
 from hqclip_jax.config import ConfigError, MeshConfig
-from hqclip_jax.sharding import P, bytes_per_device, make_mesh, tree_shardings
+from hqclip_jax.hardware import topology_devices
+from hqclip_jax.sharding import (
+    P,
+    bytes_per_device,
+    gathered,
+    make_mesh,
+    replicated,
+    rows_split,
+    tree_shardings,
+)
 
 
 def test_replica_takes_the_devices_that_are_left():
@@ -49,3 +58,54 @@ def test_rules_split_parameters_and_their_moments_alike():
     # 768·4 bytes of kernel in four parts, 96·4 of bias in two, the rest by hand likewise.
     expected = 4 * (768 // 4 + 96 // 2 + 32 + 400 // 4 + 56 // 2 + 1)
     assert bytes_per_device(params, mesh) == expected
+
+
+def test_micro_batches_must_divide_each_device_s_share():
+    with pytest.raises(ConfigError, match=r"optim\.micro_batches = 24: try 24 or 48"):
+        make_mesh(MeshConfig(), batch=40, parts=3)
+    assert make_mesh(MeshConfig(), batch=48, parts=3).size == 8
+
+
+def test_each_slice_holds_whole_copies_of_the_model():
+    devices = topology_devices("v5e:4x4", slices=2)
+    mesh = make_mesh(MeshConfig(fsdp=8), 64, devices)
+    assert dict(mesh.shape) == {"replica": 4, "fsdp": 8, "tensor": 1}
+    for copy in mesh.devices:
+        assert len({device.slice_index for device in copy.flat}) == 1
+    assert [copy.flat[0].slice_index for copy in mesh.devices] == [0, 0, 1, 1]
+
+
+def test_a_copy_that_would_span_slices_is_refused():
+    with pytest.raises(ConfigError, match=r"not divisible by the 2 slices.*16 devices of one"):
+        make_mesh(MeshConfig(fsdp=32), 64, topology_devices("v5e:4x4", slices=2))
+
+
+def test_any_factors_find_a_place_on_a_torus():
+    mesh = make_mesh(MeshConfig(fsdp=16, tensor=2), 128, topology_devices("v5p:4x4x8"))
+    assert dict(mesh.shape) == {"replica": 4, "fsdp": 16, "tensor": 2}
+
+
+def test_parameters_are_gathered_over_fsdp_and_stay_split_over_tensor():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), 8)
+    kernel = jnp.arange(8 * 16, dtype=jnp.float32).reshape(8, 16)
+    tree = {"mlp_in": {"kernel": kernel, "bias": jnp.ones(16)}}
+
+    @jax.jit
+    def use(tree):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gathered(tree, jnp.bfloat16, stack="blocks"), rows_split(
+                tree["mlp_in"]["kernel"]
+            )
+
+    found, rows = use(jax.device_put(tree, replicated(mesh)))
+    assert found["mlp_in"]["kernel"].sharding.spec == P(None, "tensor")
+    assert found["mlp_in"]["kernel"].dtype == jnp.bfloat16
+    assert found["mlp_in"]["bias"].dtype == jnp.float32  # never split over fsdp: as it was
+    assert rows.sharding.spec == P(("replica", "fsdp"))
+    assert (found["mlp_in"]["kernel"] == kernel).all()
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    tree = {"tag_head": {"kernel": jnp.ones((4, 4))}}
+    assert gathered(tree, jnp.bfloat16) is tree
+    assert rows_split(tree["tag_head"]["kernel"]) is tree["tag_head"]["kernel"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,7 +49,7 @@ def test_metrics_of_every_report(unbroken):
     assert {
         "loss", "loss/contrastive", "loss/hni", "loss/tag", "accuracy", "hni_accuracy",
         "tag_recall", "logit_scale", "neg_share", "grad_norm/visual", "grad_norm/text", "lr",
-        "images_per_s", "data_wait", "samples", "epoch", "replaced",
+        "images_per_s", "tflops_per_chip", "data_wait", "samples", "epoch", "replaced",
     } <= rows[0].keys()  # fmt: skip
     assert rows[-1]["samples"] == 48 and rows[-1]["epoch"] == 0.8
     assert all(
@@ -90,7 +91,8 @@ def test_a_signal_saves_and_the_rest_equals_the_unbroken_run(
     assert Checkpoints(tmp_path, read_only=True).latest() == 3
     assert train_lib.main(command) == 0
     keep = lambda rows: [
-        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")} for r in rows
+        {k: v for k, v in r.items() if k not in ("images_per_s", "tflops_per_chip", "data_wait")}
+        for r in rows
     ]
     assert keep(read_metrics(tmp_path)) == keep(read_metrics(unbroken))
     for a, b in zip(params(tmp_path), params(unbroken)):
@@ -181,11 +183,15 @@ def test_checkpoint_of_another_architecture_is_refused(dataset, unbroken, tmp_pa
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(dataset, tmp_path, capsys):
-    command = arguments(dataset, tmp_path, "9 steps", **{"optim.lr": 1e30})
+    command = arguments(dataset, tmp_path, "9 steps", **{"optim.lr": 1e30, "optim.max_skipped": 3})
     assert train_lib.main(command) == 1
     error = capsys.readouterr().err
-    assert re.search(r"loss is nan at step \d: lower optim\.lr", error)
-    assert Checkpoints(tmp_path, read_only=True).latest() == 2
+    assert re.search(r"the last 3 updates up to step \d were skipped.*Lower optim\.lr", error)
+    rows = read_metrics(tmp_path)
+    assert [row["streak"] for row in rows][-1] == 3
+    # What was saved since is sound: no skipped update is in it.
+    params = restore_model(tmp_path).params
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_help_shows_every_field(capsys):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +11,7 @@ from scipy.special import erf
 
 from hqclip_jax.config import Config, ModelConfig, validate
 from hqclip_jax.models.clip import CLIP
+from hqclip_jax.models.transformer import ACTIVATIONS, normalise
 from hqclip_jax.models.zoo import ARCHITECTURES
 
 CONFIG = ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=7, dtype="float32")
@@ -112,6 +114,32 @@ def test_towers_equal_plain_numpy(act):
         np.testing.assert_allclose(zimg[i], expected, atol=2e-6)
         np.testing.assert_allclose(tag_logits[i], expected_tags, rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(ztxt[i], reference_text(TEXTS[i], params, act), atol=2e-6)
+
+
+def test_norm_is_exact_where_the_mean_is_far_from_zero():
+    # E[x²] − E[x]² in f32 would be wrong in the first digit here.
+    x = 1000 + np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    p = {"scale": np.linspace(0.5, 2, 64, dtype=np.float32), "bias": np.ones(64, np.float32)}
+    expected = layer_norm(x.astype(np.float64), p)
+    np.testing.assert_allclose(normalise(x, **p), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_and_norms_keep_their_input_alone_for_the_backward_pass(act):
+    def layer(x, scale, bias):
+        return jax.checkpoint(ACTIVATIONS[act], prevent_cse=False)(normalise(x, scale, bias))
+
+    x, p = jnp.ones((3, 64), jnp.bfloat16), jnp.ones(64)
+    kept = jax.tree.leaves(jax.vjp(layer, x, p, p)[1])
+    assert sorted((a.shape, a.dtype.name) for a in kept if a.ndim == 2) == 2 * [
+        ((3, 64), "bfloat16")
+    ]
+
+
+def test_gelu_in_bf16_is_the_rounded_exact_one():
+    x = np.linspace(-4, 4, 101).astype(jnp.bfloat16)
+    expected = activation(x.astype(np.float64), "gelu")
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](x).astype(np.float64), expected, rtol=4e-3)
 
 
 def test_what_follows_the_end_of_a_text_does_not_count():

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+
+from hqclip_jax.config import MeshConfig
+from hqclip_jax.hlo import collectives
+from hqclip_jax.sharding import P, make_mesh
+
+# A loop of 5 turns that gathers 8 × 16 bf16 and permutes asynchronously, a sum of two arrays after
+# it, and one collective that the compiler has woven into two fusions under one channel.
+PROGRAM = """\
+HloModule jit_step
+
+%condition.1 (p: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body.1 (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %g = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %s = (f32[4]{0}, f32[4]{0}) collective-permute-start(%y), channel_id=2
+  %d = f32[4]{0} collective-permute-done(%s)
+}
+
+%all-reduce-scatter.1 (p: f32[10]) -> f32[5] {
+  %r = f32[10]{0} all-reduce(%p), channel_id=4, to_apply=%add
+}
+
+%fused.1 (p: f32[2]) -> f32[4] {
+  %a = f32[4]{0} all-gather(%p), channel_id=3
+}
+
+%fused.2 (p: f32[2]) -> f32[4] {
+  %b = f32[4]{0} all-gather(%p), channel_id=3
+}
+
+ENTRY %main (p: f32[2]) -> f32[] {
+  %w = (s32[], bf16[8,16]) while(%t), condition=%condition.1, body=%body.1
+  %f1 = f32[4]{0} fusion(%p), kind=kCustom, calls=%fused.1
+  %f2 = f32[4]{0} fusion(%p), kind=kCustom, calls=%fused.2
+  %f3 = f32[5]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %sum = (f32[3]{0}, bf16[2]{0}) all-reduce(%f1, %f2), channel_id=5, to_apply=%add
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_woven_collectives_once():
+    assert collectives(PROGRAM) == {
+        "all-gather": (5 + 1, 5 * 8 * 16 * 2 + 4 * 4),
+        "collective-permute": (5, 5 * 4 * 4),
+        "reduce-scatter": (1, 10 * 4),
+        "all-reduce": (1, 3 * 4 + 2 * 2),
+    }
+
+
+def test_a_compiled_loop_of_gathers():
+    mesh = make_mesh(MeshConfig(), 8)
+
+    def gather_often(x_b):
+        def once(i, total):
+            return total + jnp.sum(jax.lax.all_gather(x_b * i, "replica", tiled=True) ** 2)
+
+        return jax.lax.fori_loop(0, 7, once, jnp.float32(0))
+
+    summed = jax.shard_map(
+        gather_often, mesh=mesh, in_specs=P("replica"), out_specs=P(), check_vma=False
+    )
+    text = jax.jit(summed).lower(jnp.ones(64)).compile().as_text()
+    assert collectives(text)["all-gather"] == (7, 7 * 64 * 4)
