@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hqclip_jax.config import ModelConfig
-from hqclip_jax.models.transformer import Transformer, layer_norm
+from hqclip_jax.models.transformer import LayerNorm, Transformer
 from hqclip_jax.models.zoo import Architecture
 
 
@@ -23,7 +23,7 @@ class TextTransformer(nnx.Module):
             normal(0.01)(rngs.params(), (config.context_length, width))
         )
         self.transformer = Transformer(arch.text, config, causal=not arch.clipa, rngs=rngs)
-        self.ln_final = layer_norm(width, dtype, rngs)
+        self.ln_final = LayerNorm(width, rngs=rngs)
         self.pool_last = arch.clipa
 
     def __call__(self, text_BxL: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The pre-norm transformer that both towers share: layers stacked in one array and scanned."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,22 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.
     )
 
 
-def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=LN_EPSILON, dtype=dtype, rngs=rngs)
+@partial(jax.checkpoint, prevent_cse=False)
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """Zero mean and unit variance over the last axis, in f32; the backward pass starts from x,
+    which is kept anyway."""
+    x32 = x.astype(jnp.float32)
+    x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + LN_EPSILON)
+    return (x32 * scale + bias).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """As torch has it. NNX's own spreads the deviations over all features before it multiplies, and
+    so writes and sums arrays of the size of x that hold one number a row."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return normalise(x, self.scale[...], self.bias[...])
 
 
 class Block(nnx.Module):
@@ -58,7 +73,7 @@ class Block(nnx.Module):
         width, head = tower.width, tower.width // tower.heads
         normal = nnx.initializers.normal
         residual_std = width**-0.5 * (2 * tower.layers) ** -0.5
-        self.ln_1 = layer_norm(width, dtype, rngs)
+        self.ln_1 = LayerNorm(width, rngs=rngs)
         self.qkv = nnx.LinearGeneral(
             width, (3, tower.heads, head), dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
         )
@@ -66,7 +81,7 @@ class Block(nnx.Module):
             (tower.heads, head), width, axis=(-2, -1), dtype=dtype,
             kernel_init=normal(residual_std), rngs=rngs,
         )  # fmt: skip
-        self.ln_2 = layer_norm(width, dtype, rngs)
+        self.ln_2 = LayerNorm(width, rngs=rngs)
         self.mlp_in = nnx.Linear(
             width, tower.mlp, dtype=dtype, kernel_init=normal((2 * width) ** -0.5), rngs=rngs
         )
@@ -109,12 +124,16 @@ class Transformer(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         graphdef, layers = nnx.split(self.blocks)
 
-        def block(x: jax.Array, layer: dict) -> tuple[jax.Array, None]:
-            layer = gathered(layer, x.dtype, stack="blocks")
-            return nnx.merge(graphdef, layer)(rows_split(x), causal=self.causal), None
+        length = x_BxLxD.shape[1]
+
+        def block(x_NxD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
+            layer = gathered(layer, x_NxD.dtype, stack="blocks")
+            return nnx.merge(graphdef, layer)(rows_split(x_NxD), length, causal=self.causal), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             # Inside a scan nothing can be merged back, so the barrier would only cost time.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        return jax.lax.scan(block, x_BxLxD, nnx.to_pure_dict(layers), unroll=self.unroll)[0]
+        x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+        x_NxD, _ = jax.lax.scan(block, x_NxD, nnx.to_pure_dict(layers), unroll=self.unroll)
+        return x_NxD.reshape(x_BxLxD.shape)

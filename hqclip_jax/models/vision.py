@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from hqclip_jax.config import ModelConfig
-from hqclip_jax.models.transformer import Transformer, layer_norm
+from hqclip_jax.models.transformer import LayerNorm, Transformer
 from hqclip_jax.models.zoo import Architecture
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -46,9 +46,9 @@ class VisionTransformer(nnx.Module):
         )
         self.class_embedding = nnx.Param(normal(rngs.params(), (width,)))
         self.positional_embedding = nnx.Param(normal(rngs.params(), (tokens, width)))
-        self.ln_pre = None if arch.clipa else layer_norm(width, dtype, rngs)
+        self.ln_pre = None if arch.clipa else LayerNorm(width, rngs=rngs)
         self.transformer = Transformer(arch.vision, config, causal=False, rngs=rngs)
-        self.ln_post = layer_norm(width, dtype, rngs)
+        self.ln_post = LayerNorm(width, rngs=rngs)
 
     def __call__(self, image_BxHxWx3: jax.Array, keep_BxK: jax.Array | None = None) -> jax.Array:
         """Pooled features [B, width] of uint8 images; normalised here, on the device.
