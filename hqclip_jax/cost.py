@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from hqclip_jax.config import Config
+from hqclip_jax.models.transformer import SCORES_BYTES
 from hqclip_jax.models.vision import patches_kept
 from hqclip_jax.models.zoo import ARCHITECTURES, Tower
 from hqclip_jax.sharding import bytes_per_device
@@ -68,20 +69,12 @@ def recomputed_flops(config: Config, flops: dict[str, float]) -> float:
     return towers * repeats + flops["loss"] / (1 + BACKWARD)
 
 
-def _layer_bytes(tower: Tower, tokens: int, itemsize: int, fused: bool) -> dict[str, float]:
-    """What one layer leaves on the device for the backward pass of one sequence, by policy.
-
-    In units of tokens × width: the layer's input 1; norms 2, qkv 3, attention's output 1 and its
-    projection 1; the second norm and the residual 3; the hidden layer and its activation 2·mlp.
-    """
+def _layer_bytes(tower: Tower, tokens: int, itemsize: int) -> dict[str, float]:
+    """What one layer leaves on the device for the backward pass of one sequence, by policy, but for
+    attention's scores. In units of tokens × width: residuals 2, norms 2, qkv 3, heads 1; and the
+    hidden layer before and after its activation. `dots` keeps the products alone."""
     row, mlp = tokens * tower.width * itemsize, tokens * tower.mlp * itemsize
-    scores = 0 if fused else tower.heads * tokens**2 * (4 + itemsize)
-    return {
-        "full": row,
-        "offload": row,
-        "dots": 7 * row + mlp,
-        "none": 11 * row + 2 * mlp + scores,
-    }
+    return {"full": row, "offload": row, "dots": 6 * row + mlp, "none": 8 * row + 2 * mlp}
 
 
 def device_memory(config: Config, abstract: Any, mesh: Mesh, fused: bool = False) -> dict[str, int]:
@@ -105,10 +98,16 @@ def device_memory(config: Config, abstract: Any, mesh: Mesh, fused: bool = False
     )
     activations = workspace = 0.0
     for tower, tokens, sequences in towers:
-        layer = _layer_bytes(tower, tokens, itemsize, fused)
+        layer = _layer_bytes(tower, tokens, itemsize)
         activations += tower.layers * sequences * layer[model.remat]
+        scores = 0.0
+        if not fused:
+            scores = 4.0 * sequences * tower.heads * tokens**2
+            if model.remat == "none" and scores <= SCORES_BYTES:
+                activations += tower.layers * scores
         # The layer under way is whole, with its gradients; heads and mlp are split over `tensor`.
-        workspace = max(workspace, 2 * sequences * layer["none"] / mesh.shape["tensor"])
+        under_way = 2 * sequences * layer["none"] + 4 * min(scores, SCORES_BYTES)
+        workspace = max(workspace, under_way / mesh.shape["tensor"])
     tags = len(abstract.params["tag_head"]["bias"]) if "tag_head" in abstract.params else 0
     workspace = max(workspace, 3 * part * tags * 4 / mesh.shape["tensor"])
     parameters = bytes_per_device(abstract.params, mesh)

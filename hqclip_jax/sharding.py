@@ -140,6 +140,26 @@ def rows_split(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
 
 
+def rows_per_device(rows: int) -> int:
+    """Of an array of so many rows, under the mesh at hand; all where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return rows if mesh.empty else rows // (mesh.shape["replica"] * mesh.shape["fsdp"])
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[parts, rows / parts, ...]. Each part takes its rows from all devices alike, so that none has
+    to move."""
+    x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(None, BATCH_AXES))
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """What `split_rows` took apart, in the same order again."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
 def gathered(params: Any, dtype: Any, stack: str = "") -> Any:
     """Parameters as a device computes with them: whole over `fsdp`, split over `tensor`.
 

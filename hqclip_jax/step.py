@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from hqclip_jax import losses
 from hqclip_jax.config import Config
@@ -17,12 +17,12 @@ from hqclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from hqclip_jax.models.vision import draw_patches, patches_kept
 from hqclip_jax.models.zoo import ARCHITECTURES
 from hqclip_jax.sharding import (
-    BATCH_AXES,
-    P,
     batch_sharding,
     gathered,
+    join_rows,
     replicated,
     rows_split,
+    split_rows,
     tree_shardings,
 )  # fmt: skip
 
@@ -155,17 +155,14 @@ def loss_fn(
             model = nnx.merge(graphdef, gathered(params, config.model.dtype))
             return jax.tree.map(rows_split, embed(model, batch, config, tag_weights_V))
 
-    def split(x: jax.Array) -> jax.Array:
-        # Each part takes its rows from all devices alike, so that none has to move.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
-
     if parts == 1:
         rows = rows_of(params, batch)
     else:
         again = jax.checkpoint(rows_of, prevent_cse=False)
-        rows = lax.map(lambda part: again(params, part), jax.tree.map(split, batch))
-        rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            split = jax.tree.map(lambda x: split_rows(x, parts), batch)
+            rows = lax.map(lambda part: again(params, part), split)
+            rows = jax.tree.map(join_rows, rows)
 
     scale = jnp.exp(params["logit_scale"])
     own = params.get("hni_logit_scale")

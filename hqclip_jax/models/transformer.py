@@ -10,7 +10,7 @@ from flax import nnx
 
 from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.zoo import Tower
-from hqclip_jax.sharding import gathered, rows_split
+from hqclip_jax.sharding import gathered, join_rows, rows_per_device, rows_split, split_rows
 
 LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
 
@@ -36,20 +36,35 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+# Scores in f32 that a device may hold at a time. Those of 352 images of 257 tokens, 16 heads, are
+# 1.4 GiB, and the backward pass has several of that size: more than all else of a layer.
+SCORES_BYTES = 400 * 2**20
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
     """Softmax attention over [B, L, heads, width of a head].
 
     On a GPU cuDNN's fused kernel, which never writes the L × L scores; it takes 16-bit numbers and
-    heads that are a multiple of 8 wide. JAX does not choose it by itself.
+    heads that are a multiple of 8 wide. JAX does not choose it by itself. Elsewhere a few sequences
+    at a time, where the scores of all would be large.
     """
     fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla"
+    heads = partial(
+        jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn" if fused else "xla"
     )
+    B, L, H, _ = q.shape
+    rows, parts = rows_per_device(B), 1
+    while not fused and rows % (2 * parts) == 0 and rows // parts * H * L**2 * 4 > SCORES_BYTES:
+        parts *= 2
+    if parts == 1:
+        return heads(q, k, v)
+    split = jax.tree.map(lambda x: split_rows(x, parts), (q, k, v))
+    again = jax.checkpoint(lambda qkv: heads(*qkv), prevent_cse=False)
+    return join_rows(jax.lax.map(again, split))
 
 
 @partial(jax.checkpoint, prevent_cse=False)
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Zero mean and unit variance over the last axis, in f32; the backward pass starts from x,
     which is kept anyway."""
     x32 = x.astype(jnp.float32)
@@ -63,7 +78,7 @@ class LayerNorm(nnx.LayerNorm):
     so writes and sums arrays of the size of x that hold one number a row."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return normalise(x, self.scale[...], self.bias[...])
+        return layer_norm(x, self.scale[...], self.bias[...])
 
 
 class Block(nnx.Module):
