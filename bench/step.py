@@ -120,14 +120,17 @@ def has_open_clip() -> bool:
 
 def measure(runs: dict[str, Run], steps: int, repeats: int) -> dict[str, list[float]]:
     """Seconds a step of each, turn by turn."""
-    for run in runs.values():
-        run(1)
+    for name, run in runs.items():
+        started = time.perf_counter()
+        run(3)  # the allocator takes a few steps to settle
+        print(f"{name}: compiled and warm after {time.perf_counter() - started:.0f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             started = time.perf_counter()
             run(steps)
             seconds[name].append((time.perf_counter() - started) / steps)
+            print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
     return seconds
 
 

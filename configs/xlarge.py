@@ -1,6 +1,10 @@
-"""DataComp's xlarge scale: 12.8B samples, the paper's VLM-1B setting."""
+"""DataComp's xlarge scale: 12.8B samples, the paper's VLM-1B setting.
 
-from hqclip_jax.config import Config, ModelConfig, OptimConfig
+As it is for 256 chips of v5e; on fewer chips with more memory add `optim.micro_batches`, such as 2
+on v4:4x4x4 and v5p:2x4x4. `python -m hqclip_jax.plan` tells.
+"""
+
+from hqclip_jax.config import Config, MeshConfig, ModelConfig, OptimConfig
 
 
 def get_config() -> Config:
@@ -9,4 +13,5 @@ def get_config() -> Config:
         optim=OptimConfig(
             batch=90_112, duration="12.8B samples", warmup="10000 steps", lr=1e-3, beta2=0.95
         ),
+        mesh=MeshConfig(fsdp=16),
     )

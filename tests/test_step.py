@@ -110,7 +110,8 @@ def test_loss_is_the_weighted_sum_of_the_references():
 
 
 def test_training_lowers_every_loss(one_device):
-    _, history = one_device
+    state, history = one_device
+    assert state.ema is None
     for name in ("loss", "loss/contrastive", "loss/hni", "loss/tag"):
         assert history[-1][name] < history[0][name]
 
@@ -171,14 +172,14 @@ def test_memory_falls_with_the_number_of_micro_batches():
     rows = 2048
     of = make_mesh(MeshConfig(), rows, parts=8)
     sizes = []
-    for parts in (1, 2, 8):
+    for parts in (1, 8):
         config = changed(optim={"micro_batches": parts, "batch": rows}, loss={"tag": 0.0})
         tx = make_tx(config.optim, 1, 10)
         graphdef, abstract, shardings, _ = init_state(config, VOCAB, 0, tx, of)
         step = make_train_step(graphdef, tx, config, of, shardings)
         compiled = step.lower(abstract, batch_shapes(config, of)).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert sizes[0] > 1.5 * sizes[1] > 1.5**2 * sizes[2], sizes
+    assert sizes[0] > 3 * sizes[1], sizes
 
 
 def test_an_update_that_is_no_number_is_skipped_and_counted():
@@ -216,7 +217,6 @@ def test_the_average_follows_the_parameters():
     )[3]()
     expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, first.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first.ema, expected)
-    assert run(1, MeshConfig(), CONFIG, steps=1)[0].ema is None
 
 
 def test_first_moment_in_bf16_and_second_in_f32():
@@ -237,7 +237,7 @@ def test_first_moment_in_bf16_and_second_in_f32():
     ids=str,
 )
 def test_every_form_trains(loss):
-    state, history = run(8, MeshConfig(fsdp=2), changed(loss=loss))
+    state, history = run(1, MeshConfig(), changed(loss=loss))
     assert history[-1]["loss"] < history[0]["loss"]
     assert ("logit_bias" in state.params) == ("contrastive_form" in loss)
     assert ("hni_logit_scale" in state.params) == ("hni_scale" in loss)

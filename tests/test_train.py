@@ -49,8 +49,10 @@ def test_metrics_of_every_report(unbroken):
     assert {
         "loss", "loss/contrastive", "loss/hni", "loss/tag", "accuracy", "hni_accuracy",
         "tag_recall", "logit_scale", "neg_share", "grad_norm/visual", "grad_norm/text", "lr",
-        "images_per_s", "tflops_per_chip", "data_wait", "samples", "epoch", "replaced",
+        "images_per_s", "data_wait", "samples", "epoch", "replaced", "skipped", "streak",
     } <= rows[0].keys()  # fmt: skip
+    assert all(row["tflops_per_chip"] > 0 for row in rows[1:])  # the first step compiles
+    assert "mfu" not in rows[-1]  # a CPU has no published peak
     assert rows[-1]["samples"] == 48 and rows[-1]["epoch"] == 0.8
     assert all(
         row["loss"]

@@ -10,8 +10,8 @@ from flax import nnx
 from scipy.special import erf
 
 from hqclip_jax.config import Config, ModelConfig, validate
+from hqclip_jax.models import transformer as transformer_lib
 from hqclip_jax.models.clip import CLIP
-from hqclip_jax.models.transformer import ACTIVATIONS, normalise
 from hqclip_jax.models.zoo import ARCHITECTURES
 
 CONFIG = ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=7, dtype="float32")
@@ -121,13 +121,15 @@ def test_norm_is_exact_where_the_mean_is_far_from_zero():
     x = 1000 + np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     p = {"scale": np.linspace(0.5, 2, 64, dtype=np.float32), "bias": np.ones(64, np.float32)}
     expected = layer_norm(x.astype(np.float64), p)
-    np.testing.assert_allclose(normalise(x, **p), expected, atol=2e-4)
+    np.testing.assert_allclose(transformer_lib.layer_norm(x, **p), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_and_norms_keep_their_input_alone_for_the_backward_pass(act):
     def layer(x, scale, bias):
-        return jax.checkpoint(ACTIVATIONS[act], prevent_cse=False)(normalise(x, scale, bias))
+        return jax.checkpoint(transformer_lib.ACTIVATIONS[act], prevent_cse=False)(
+            transformer_lib.layer_norm(x, scale, bias)
+        )
 
     x, p = jnp.ones((3, 64), jnp.bfloat16), jnp.ones(64)
     kept = jax.tree.leaves(jax.vjp(layer, x, p, p)[1])
@@ -139,7 +141,9 @@ def test_activations_and_norms_keep_their_input_alone_for_the_backward_pass(act)
 def test_gelu_in_bf16_is_the_rounded_exact_one():
     x = np.linspace(-4, 4, 101).astype(jnp.bfloat16)
     expected = activation(x.astype(np.float64), "gelu")
-    np.testing.assert_allclose(ACTIVATIONS["gelu"](x).astype(np.float64), expected, rtol=4e-3)
+    np.testing.assert_allclose(
+        transformer_lib.ACTIVATIONS["gelu"](x).astype(np.float64), expected, rtol=4e-3
+    )
 
 
 def test_what_follows_the_end_of_a_text_does_not_count():
@@ -149,7 +153,9 @@ def test_what_follows_the_end_of_a_text_does_not_count():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 4}])
+@pytest.mark.parametrize(
+    "change", [{"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}, {"unroll": 4}]
+)
 def test_remat_and_unrolling_change_no_gradient(change):
     def gradient(change: dict):
         graphdef, params = build(ModelConfig(**{**vars(CONFIG), **change}))
