@@ -124,7 +124,7 @@ def test_norm_is_exact_where_the_mean_is_far_from_zero():
     np.testing.assert_allclose(transformer_lib.layer_norm(x, **p), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", transformer_lib.ACTIVATIONS)
 def test_activations_and_norms_keep_their_input_alone_for_the_backward_pass(act):
     def layer(x, scale, bias):
         return jax.checkpoint(transformer_lib.ACTIVATIONS[act], prevent_cse=False)(
