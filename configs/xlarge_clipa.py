@@ -9,31 +9,26 @@ CLIP's byte pairs, not BERT's.
 
 from hqclip_jax.config import Config, ConfigError, MeshConfig, ModelConfig, OptimConfig
 
+# Pixels, tokens, remat, batch, samples, warm-up, learning rate of 256 images.
+STAGES = {
+    "pretrain": (84, 8, "dots", 65_536, "12.8B samples", "3200 steps", 8e-6),
+    "finetune": (224, 32, "full", 32_768, "512M samples", "1600 steps", 8e-7),
+}
+
 
 def get_config(arg: str = "pretrain") -> Config:
     """Args:
     arg: the stage, `pretrain` or `finetune`.
     """
-    if arg == "pretrain":
-        return Config(
-            model=ModelConfig(
-                arch="ViT-L/14-CLIPA", image_size=84, context_length=8, remat="dots"
-            ),
-            optim=OptimConfig(
-                batch=65_536, duration="12.8B samples", warmup="3200 steps",
-                lr=8e-6 * 65_536 / 256, beta2=0.95,
-            ),
-            mesh=MeshConfig(fsdp=16),
-        )  # fmt: skip
-    if arg == "finetune":
-        return Config(
-            model=ModelConfig(
-                arch="ViT-L/14-CLIPA", image_size=224, context_length=32, remat="full"
-            ),
-            optim=OptimConfig(
-                batch=32_768, duration="512M samples", warmup="1600 steps",
-                lr=8e-7 * 32_768 / 256, beta2=0.95,
-            ),
-            mesh=MeshConfig(fsdp=16),
-        )  # fmt: skip
-    raise ConfigError(f"configs/xlarge_clipa.py:{arg}: the stages are pretrain and finetune")
+    if arg not in STAGES:
+        raise ConfigError(f"configs/xlarge_clipa.py:{arg}: the stages are {', '.join(STAGES)}")
+    pixels, tokens, remat, batch, duration, warmup, lr = STAGES[arg]
+    return Config(
+        model=ModelConfig(
+            arch="ViT-L/14-CLIPA", image_size=pixels, context_length=tokens, remat=remat
+        ),
+        optim=OptimConfig(
+            batch=batch, duration=duration, warmup=warmup, lr=lr * batch / 256, beta2=0.95
+        ),
+        mesh=MeshConfig(fsdp=16),
+    )
