@@ -81,7 +81,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             if not match:
                 continue
             shapes, kind, start = match.groups()
-            channel = _CHANNEL.search(line)
+            # JAX gives all its permutes one channel.
+            channel = kind != "collective-permute" and _CHANNEL.search(line)
             key = (kind, channel[1] if channel else f"{name}:{i}")
             size = _bytes(shapes) // (2 if start and kind != "all-reduce" else 1)
             # The compiler's name says where a sum is scattered in the same breath.

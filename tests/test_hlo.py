@@ -19,6 +19,7 @@ HloModule jit_step
   %g = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
   %s = (f32[4]{0}, f32[4]{0}) collective-permute-start(%y), channel_id=2
   %d = f32[4]{0} collective-permute-done(%s)
+  %q = bf16[3]{0} collective-permute(%y), channel_id=2
 }
 
 %all-reduce-scatter.1 (p: f32[10]) -> f32[5] {
@@ -46,7 +47,7 @@ ENTRY %main (p: f32[2]) -> f32[] {
 def test_loops_count_as_often_as_they_run_and_woven_collectives_once():
     assert collectives(PROGRAM) == {
         "all-gather": (5 + 1, 5 * 8 * 16 * 2 + 4 * 4),
-        "collective-permute": (5, 5 * 4 * 4),
+        "collective-permute": (5 + 5, 5 * (4 * 4 + 3 * 2)),
         "reduce-scatter": (1, 10 * 4),
         "all-reduce": (1, 3 * 4 + 2 * 2),
     }
