@@ -133,7 +133,7 @@ def rows_split(x: jax.Array) -> jax.Array:
     """Keeps the rows of an activation split over the batch axes; without a mesh, does nothing.
 
     Told nothing, the compiler may split an activation like the parameters it meets, by features,
-    and then every device holds all rows: 95 GiB instead of 10 for a ViT-L/14 at fsdp=16.
+    and then every device holds all rows: 96 GiB instead of 16 for `xlarge` on 256 chips.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
