@@ -64,6 +64,11 @@ class RunInfo:
 
     @classmethod
     def from_json(cls, stored: dict) -> "RunInfo":
+        if stored["format"] != FORMAT:
+            raise CheckpointError(
+                f"a checkpoint of format {stored['format']}, and this version reads {FORMAT}: use "
+                "the version that wrote it, or another --workdir"
+            )
         return cls(
             config=config_lib.from_json(stored["config"]),
             position=stored["position"],

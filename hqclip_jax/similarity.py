@@ -178,15 +178,12 @@ def _device_forward(
 
     low_b, zero_b = (_varying(jnp.full(len(index_b), x, jnp.float32)) for x in (-jnp.inf, 0))
     texts = _Texts(ztxt_bxD, text_mask_b, index_b)
-    travel = _ring if plan.way == "ring" else _gathered
-    (max_b, sum_b, rival_b), columns = travel(
-        visit, (low_b, zero_b, low_b), texts, (low_b, zero_b), plan.chunk
+    (max_b, sum_b, rival_b), (column_max_b, column_sum_b) = _visit_all(
+        plan, visit, (low_b, zero_b, low_b), texts, (low_b, zero_b), _combine
     )
     if plan.form == "sigmoid":
         return sum_b, zero_b, rival_b
-    if plan.way == "gathered":
-        columns = _combine(*columns)
-    return max_b + jnp.log(sum_b), columns[0] + jnp.log(columns[1]), rival_b
+    return max_b + jnp.log(sum_b), column_max_b + jnp.log(column_sum_b), rival_b
 
 
 def _device_backward(
@@ -223,13 +220,13 @@ def _device_backward(
     zero_bxD = _varying(jnp.zeros(zimg_bxD.shape, jnp.float32))
     zero_b = _varying(jnp.zeros(len(index_b), jnp.float32))
     texts = _Texts(ztxt_bxD, text_mask_b, index_b, columns_b, dcolumns_b)
-    travel = _ring if plan.way == "ring" else _gathered
-    (dzimg_bxD, dl_b), dztxt = travel(visit, (zero_bxD, zero_b), texts, zero_bxD, plan.chunk)
-    if plan.way == "gathered":
-        dztxt = lax.psum_scatter(dztxt, BATCH_AXES, tiled=True)
+    (dzimg_bxD, dl_b), dztxt_bxD = _visit_all(
+        plan, visit, (zero_bxD, zero_b), texts, zero_bxD,
+        partial(lax.psum_scatter, axis_name=BATCH_AXES, tiled=True),
+    )  # fmt: skip
     # Σ_ij dl_ij · cos_ij, without the matrix: the sum over j is already in dzimg.
     dscale_b = jnp.sum(dzimg_bxD * zimg_bxD.astype(jnp.float32), axis=1)
-    dzimg_bxD, dztxt_bxD = scale * dzimg_bxD, scale * dztxt
+    dzimg_bxD, dztxt_bxD = scale * dzimg_bxD, scale * dztxt_bxD
     return dzimg_bxD.astype(zimg_bxD.dtype), dztxt_bxD.astype(ztxt_bxD.dtype), dl_b, dscale_b
 
 
@@ -269,8 +266,9 @@ def _varying(x: jax.Array) -> jax.Array:
     return lax.pcast(x, BATCH_AXES, to="varying")
 
 
-def _combine(max_B: jax.Array, sum_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _combine(sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """This device's part of running sums that every device has over its own images."""
+    max_B, sum_B = sums
     most_B = lax.pmax(max_B, BATCH_AXES)
     sum_b = lax.psum_scatter(sum_B * jnp.exp(max_B - most_B), BATCH_AXES, tiled=True)
     start = lax.axis_index(BATCH_AXES) * len(sum_b)
@@ -279,6 +277,26 @@ def _combine(max_B: jax.Array, sum_B: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 # (sums over this device's rows, some texts, sums over their columns) → both sums, with this block
 Visit = Callable[[Any, _Texts, Any], tuple[Any, Any]]
+
+
+def _visit_all(
+    plan: _Plan, visit: Visit, rows: Any, texts: _Texts, columns: Any, combine: Callable
+) -> tuple[Any, Any]:
+    """`visit` with the texts of all devices.
+
+    Args:
+        rows: sums over this device's images, where they start.
+        texts: this device's.
+        columns: sums over these texts' columns, where they start.
+        combine: this device's columns whole, from every device's part of all columns.
+
+    Returns:
+        the sums over this device's rows and over its own texts' columns.
+    """
+    if plan.way == "ring":
+        return _ring(visit, rows, texts, columns, plan.chunk)
+    rows, columns = _gathered(visit, rows, texts, columns, plan.chunk)
+    return rows, combine(columns)
 
 
 def _ring(visit: Visit, rows: Any, texts: _Texts, columns: Any, chunk: int) -> tuple[Any, Any]:

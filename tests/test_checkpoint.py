@@ -180,3 +180,10 @@ def test_a_form_of_the_losses_with_other_parameters_is_another_model():
     average = dataclasses.replace(CONFIG, optim=OptimConfig(batch=8, ema=0.9))
     with pytest.raises(CheckpointError, match=r"optim\.ema > 0 is False there, True here"):
         check_same_model(INFO, average, len(TAGS), Path("x"))
+
+
+def test_a_checkpoint_of_another_format_is_refused():
+    stored = json.loads(json.dumps(INFO.to_json()))
+    assert RunInfo.from_json(stored) == INFO
+    with pytest.raises(CheckpointError, match="format 1, and this version reads 2"):
+        RunInfo.from_json(stored | {"format": 1})

@@ -8,7 +8,7 @@ import pytest
 from hqclip_jax.config import MeshConfig
 from hqclip_jax.models.clip import normalise
 from hqclip_jax.sharding import batch_sharding, make_mesh, replicated
-from hqclip_jax.similarity import FORMS, MIN_CHUNK, WAYS, Sums, logit_sums
+from hqclip_jax.similarity import FORMS, WAYS, Sums, logit_sums
 
 B, D = 48, 8
 SCALE, BIAS = jnp.float32(14.3), jnp.float32(-2.0)
@@ -156,7 +156,7 @@ def test_memory_of_a_device_falls_as_devices_are_added(way):
         compiled(way, mesh, rows, block_bytes=2**18).memory_analysis().temp_size_in_bytes
         for mesh in ("2 devices", "8 devices")
     )
-    assert large < (0.5 if way == "ring" else 0.9) * small
+    assert large < (0.35 if way == "ring" else 0.5) * small, (small, large)
 
 
 def test_large_batches_travel_and_small_ones_are_gathered():
@@ -169,4 +169,3 @@ def test_large_batches_travel_and_small_ones_are_gathered():
     assert "ppermute" not in text(4096, 512)
     assert "ppermute" in text(90_112, 768)
     assert "all_gather" not in text(90_112, 768)
-    assert MIN_CHUNK >= 128

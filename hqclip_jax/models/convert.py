@@ -5,16 +5,22 @@ What has no row in the tables of `weight_names` is not converted but refused, by
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from hqclip_jax.models.weight_names import BUFFERS, OPEN_CLIP, TRANSFORMERS, Layout, Row, Shape
-from hqclip_jax.models.zoo import ARCHITECTURES, Architecture, Tower
+from hqclip_jax.config import Config, LossConfig, ModelConfig
+from hqclip_jax.models.clip import CLIP
+from hqclip_jax.models.weight_names import BUFFERS, OPEN_CLIP, TRANSFORMERS, Layout, Row
+from hqclip_jax.models.zoo import ARCHITECTURES
 
 Weights = Mapping[str, np.ndarray]
 
@@ -35,43 +41,16 @@ _NO_CLIPA = (
 )
 
 
-def _block_shapes(tower: Tower) -> dict[str, Shape]:
-    width, head = tower.width, tower.width // tower.heads
-    shapes = {f"{norm}/{p}": (width,) for norm in ("ln_1", "ln_2") for p in ("scale", "bias")}
-    shapes |= {"qkv/kernel": (width, 3, tower.heads, head), "qkv/bias": (3, tower.heads, head)}
-    shapes |= {"out/kernel": (tower.heads, head, width), "out/bias": (width,)}
-    shapes |= {"mlp_in/kernel": (width, tower.mlp), "mlp_in/bias": (tower.mlp,)}
-    shapes |= {"mlp_out/kernel": (tower.mlp, width), "mlp_out/bias": (width,)}
-    return {f"transformer/blocks/{k}": (tower.layers, *shape) for k, shape in shapes.items()}
-
-
-def parameter_shapes(
-    arch: Architecture, image_tokens: int, context_length: int, vocab_size: int, logit_bias: bool
-) -> dict[str, Shape]:
-    """Shape of each parameter of `CLIP` that has a place in a file, by path; `image_tokens` are the
-    patches and the class token."""
-    image, text = arch.vision.width, arch.text.width
-    shapes = {
-        "visual/patch_embed/kernel": (arch.patch**2 * 3, image),
-        "visual/class_embedding": (image,),
-        "visual/positional_embedding": (image_tokens, image),
-        "visual/ln_post/scale": (image,),
-        "visual/ln_post/bias": (image,),
-        "visual_projection/kernel": (image, arch.embed_dim),
-        "text/token_embedding": (vocab_size, text),
-        "text/positional_embedding": (context_length, text),
-        "text/ln_final/scale": (text,),
-        "text/ln_final/bias": (text,),
-        "text_projection/kernel": (text, arch.embed_dim),
-        "logit_scale": (),
-    }
-    if not arch.clipa:
-        shapes |= {"visual/ln_pre/scale": (image,), "visual/ln_pre/bias": (image,)}
-    if logit_bias:
-        shapes["logit_bias"] = ()
-    for name, tower in (("visual", arch.vision), ("text", arch.text)):
-        shapes |= {f"{name}/{k}": shape for k, shape in _block_shapes(tower).items()}
-    return shapes
+def _shapes(arch_name: str, sizes: dict[str, int], vocab_size: int, logit_bias: bool) -> dict:
+    """Shape of each parameter of `CLIP` that has a place in a file, by path; nothing is built."""
+    config = Config(
+        model=ModelConfig(arch=arch_name, **sizes),
+        loss=LossConfig(contrastive_form="sigmoid" if logit_bias else "softmax"),
+    )
+    model = nnx.eval_shape(lambda: CLIP(config, vocab_size, rngs=nnx.Rngs(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): leaf.shape for path, leaf in leaves}
 
 
 def _places(
@@ -97,13 +76,13 @@ def _import(weights: Weights, arch_name: str, table: tuple[Row, ...], whose: str
     def rows(ours: str) -> int:
         return len(np.atleast_1d(weights.get(names[ours], ())))
 
-    shapes = parameter_shapes(
-        arch,
-        image_tokens=rows("visual/positional_embedding"),
-        context_length=rows("text/positional_embedding"),
-        vocab_size=rows("text/token_embedding"),
-        logit_bias=names.get("logit_bias") in weights,
-    )
+    grid = isqrt(max(rows("visual/positional_embedding") - 1, 0))  # one row is the class token's
+    sizes = {
+        "image_size": grid * arch.patch,
+        "context_length": rows("text/positional_embedding"),
+    }
+    has_bias = names.get("logit_bias") in weights
+    shapes = _shapes(arch_name, sizes, rows("text/token_embedding"), has_bias)
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     missing, wrong, expected = [], [], set(BUFFERS)
     for name, ours, layout in _places(table, params):

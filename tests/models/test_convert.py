@@ -170,14 +170,23 @@ def test_a_round_trip_through_a_file_keeps_every_bit_of_our_parameters(tmp_path)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("sigmoid", [False, True])
-def test_parameter_shapes_are_those_of_the_model(arch, sigmoid):
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_every_parameter_of_every_architecture_has_a_place(arch, form):
     spec = ARCHITECTURES[arch]
-    sizes = Sizes(spec.patch * 3, 5, 7)
-    _, state = our_model(arch, sizes, sigmoid)
-    want = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(state))
-    got = convert.parameter_shapes(spec, 10, 5, 7, sigmoid)
-    assert convert._nest(got) == want
+    _, state = our_model(arch, Sizes(spec.patch * 3, 5, 7), form == "sigmoid")
+    # One number behind each: a bigG in full would take 10 GB.
+    params = jax.tree.map(
+        lambda x: np.broadcast_to(np.float32(0), x.shape), nnx.to_pure_dict(state)
+    )
+    weights = convert.to_open_clip(params)
+    assert sum(x.size for x in weights.values()) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_an_image_grid_that_is_no_square_is_refused():
+    weights = open_clip_weights()
+    weights["visual.positional_embedding"] = np.zeros((13, 128), np.float32)
+    with pytest.raises(ConvertError, match=r"positional_embedding is \[13, 128\], expected \[10"):
+        convert.from_open_clip(weights, "ViT-Pico/8")
 
 
 def test_a_text_tower_with_a_prefix_is_read():
