@@ -26,7 +26,7 @@ from hqclip_jax.sharding import make_mesh, tree_shardings
 from hqclip_jax.step import TrainState
 
 FOLDER = "checkpoints"
-FORMAT = 2
+FORMAT = 3
 WEIGHTS = ("params", "ema")
 
 

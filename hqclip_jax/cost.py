@@ -7,10 +7,11 @@ forward, nothing of what a remat policy computes again (Chowdhery et al. 2022, a
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hqclip_jax.config import Config
-from hqclip_jax.models.transformer import SCORES_BYTES
+from hqclip_jax.models.attention import SCORES_BYTES, is_fused
 from hqclip_jax.models.vision import patches_kept
 from hqclip_jax.models.zoo import ARCHITECTURES, Tower
 from hqclip_jax.sharding import bytes_per_device
@@ -77,18 +78,19 @@ def _layer_bytes(tower: Tower, tokens: int, itemsize: int) -> dict[str, float]:
     return {"full": row, "offload": row, "dots": 6 * row + mlp, "none": 8 * row + 2 * mlp}
 
 
-def device_memory(config: Config, abstract: Any, mesh: Mesh, fused: bool = False) -> dict[str, int]:
+def device_memory(config: Config, abstract: Any, mesh: Mesh) -> dict[str, int]:
     """Bytes that a device holds at the height of a step; for pruning, not for the last GiB.
 
     Args:
         abstract: the `TrainState`, as shapes.
-        mesh: of any devices, also ones that only a topology has.
-        fused: attention never writes its scores, as cuDNN's does not.
+        mesh: of any devices, also ones that only a topology has; it depends on their platform
+            whether attention writes its scores.
 
     Returns:
         by part: `parameters`, `optimizer`, `gradients`, `activations`, `workspace`, `inputs`.
     """
     arch, model = ARCHITECTURES[config.model.arch], config.model
+    platform = mesh.abstract_mesh.abstract_device.platform
     itemsize = 2 if model.dtype == "bfloat16" else 4
     rows = config.optim.batch // (mesh.shape["replica"] * mesh.shape["fsdp"])
     part = rows // config.optim.micro_batches
@@ -101,7 +103,8 @@ def device_memory(config: Config, abstract: Any, mesh: Mesh, fused: bool = False
         layer = _layer_bytes(tower, tokens, itemsize)
         activations += tower.layers * sequences * layer[model.remat]
         scores = 0.0
-        if not fused:
+        heads, width = (n // mesh.shape["tensor"] for n in (tower.heads, tower.width))
+        if not is_fused(platform, tokens, width, heads, jnp.dtype(model.dtype)):
             scores = 4.0 * sequences * tower.heads * tokens**2
             if model.remat == "none" and scores <= SCORES_BYTES:
                 activations += tower.layers * scores

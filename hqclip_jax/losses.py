@@ -208,8 +208,7 @@ def tag_classification(
 
     Published: a classification loss against the multi-hot target of the positive tags. The form is
     our inference: `softmax` is SuperClass's, a cross-entropy with the multi-hot target scaled to
-    sum 1; `bce` is a sigmoid per tag, summed over V. Neither builds the [B, V] target: the logits
-    are gathered at the ids.
+    sum 1; `bce` is a sigmoid per tag, summed over V. Neither builds the [B, V] target.
 
     Args:
         logits_BxV: the tag head's output.
@@ -226,7 +225,10 @@ def tag_classification(
     known_BxT = (tag_ids_BxT >= 0).astype(jnp.float32)
     ids_BxT = jnp.maximum(tag_ids_BxT, 0)
     count_B = jnp.sum(known_BxT, axis=1)
-    at_BxT = jnp.take_along_axis(logits_BxV, ids_BxT, axis=1)
+    # By comparing, not by indexing: of that the gradient is a scatter, and a head that is split
+    # over devices would be gathered. What is compared is never written to memory.
+    is_tag_BxTxV = tag_ids_BxT[:, :, None] == jnp.arange(logits_BxV.shape[1])
+    at_BxT = jnp.sum(jnp.where(is_tag_BxTxV, logits_BxV[:, None, :], 0), axis=2)
     if form == "softmax":
         weight_BxT = known_BxT if weights_V is None else known_BxT * weights_V[ids_BxT]
         # A tag that every record has weighs log 1 = 0; an image with only such tags is masked.
@@ -238,8 +240,7 @@ def tag_classification(
         mask_B = count_B > 0
         # −log σ(x) = softplus(x) − x, so the whole target is a sum of x over the known tags.
         loss_B = jnp.sum(jax.nn.softplus(logits_BxV), axis=1) - jnp.sum(known_BxT * at_BxT, axis=1)
-    # By counting what scores higher, not by sorting: a sort would gather a head that is split over
-    # devices, and takes TPUs long to compile. The comparisons are never written to memory.
+    # Likewise by counting what scores higher, not by sorting.
     seen_BxV = jax.lax.stop_gradient(logits_BxV)
     above_BxT = jnp.sum(seen_BxV[:, None, :] > at_BxT[:, :, None], axis=2)
     hits_B = jnp.sum(known_BxT * (above_BxT < count_B[:, None]), axis=1)

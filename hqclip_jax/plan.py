@@ -133,7 +133,7 @@ def make_plan(
         compile_it = False
     mesh = make_mesh(config.mesh, config.optim.batch, devices, config.optim.micro_batches)
     abstract = abstract or init_shapes(config, mesh)[1]
-    formula = device_memory(config, abstract, mesh, fused="GPU" in note)
+    formula = device_memory(config, abstract, mesh)
     flops = step_flops(config, tags_of(config))
     fits = hbm = compile_s = None
     memory: dict[str, float] = {}

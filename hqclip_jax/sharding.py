@@ -17,9 +17,9 @@ BATCH_AXES = ("replica", "fsdp")  # the batch is split over both, and the same a
 
 # First match on the parameter's path wins; the leading None of the stacked blocks is the layer.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/qkv/bias", P(None, None, "tensor", None)),
-    (r"blocks/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor")),
+    (r"blocks/qkv/bias", P(None, None, "tensor")),
+    (r"blocks/out/kernel", P(None, "tensor", "fsdp")),
     (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/mlp_in/bias", P(None, "tensor")),
     (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),

@@ -37,7 +37,8 @@ def _encoders(graphdef: nnx.GraphDef, mesh: Mesh) -> tuple[Callable, Callable]:
 
     def encode(method: str) -> Callable:
         def apply(params: Any, batch: jax.Array) -> jax.Array:
-            return getattr(nnx.merge(graphdef, params), method)(batch)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return getattr(nnx.merge(graphdef, params), method)(batch)
 
         return jax.jit(apply, out_shardings=replicated(mesh))
 

@@ -58,7 +58,7 @@ def _places(
 ) -> Iterator[tuple[str, np.ndarray, Layout]]:
     """Each of their weights: its name, the part of our parameter that it is, and the layout."""
     for name, row in ((row.theirs, row) for row in table if row.ours in params):
-        part = (...,) if row.part is None else (..., row.part, slice(None), slice(None))
+        part = (...,) if row.part is None else (..., row.part, slice(None))
         x = params[row.ours][part]
         if "{}" not in name:
             yield name, x, row.layout

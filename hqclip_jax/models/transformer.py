@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from hqclip_jax.config import ModelConfig
+from hqclip_jax.models.attention import attention
 from hqclip_jax.models.zoo import Tower
-from hqclip_jax.sharding import gathered, join_rows, rows_per_device, rows_split, split_rows
+from hqclip_jax.sharding import gathered, rows_split
 
 LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
 
@@ -36,33 +37,6 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
-# Scores in f32 that a device may hold at a time. Those of 352 images of 257 tokens, 16 heads, are
-# 1.4 GiB, and the backward pass has several of that size: more than all else of a layer.
-SCORES_BYTES = 400 * 2**20
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
-    """Softmax attention over [B, L, heads, width of a head].
-
-    On a GPU cuDNN's fused kernel, which never writes the L × L scores; it takes 16-bit numbers and
-    heads that are a multiple of 8 wide. JAX does not choose it by itself. Elsewhere a few sequences
-    at a time, where the scores of all would be large.
-    """
-    fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0
-    heads = partial(
-        jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn" if fused else "xla"
-    )
-    B, L, H, _ = q.shape
-    rows, parts = rows_per_device(B), 1
-    while not fused and rows % (2 * parts) == 0 and rows // parts * H * L**2 * 4 > SCORES_BYTES:
-        parts *= 2
-    if parts == 1:
-        return heads(q, k, v)
-    split = jax.tree.map(lambda x: split_rows(x, parts), (q, k, v))
-    again = jax.checkpoint(lambda qkv: heads(*qkv), prevent_cse=False)
-    return join_rows(jax.lax.map(again, split))
-
-
 @partial(jax.checkpoint, prevent_cse=False)
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Zero mean and unit variance over the last axis, in f32; the backward pass starts from x,
@@ -85,17 +59,16 @@ class Block(nnx.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)); initialised as OpenCLIP's text tower."""
 
     def __init__(self, tower: Tower, act: str, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        width, head = tower.width, tower.width // tower.heads
-        normal = nnx.initializers.normal
+        width, normal = tower.width, nnx.initializers.normal
         residual_std = width**-0.5 * (2 * tower.layers) ** -0.5
         self.ln_1 = LayerNorm(width, rngs=rngs)
+        # The last axis is the heads one after the other, so that a part of it is some of them.
         self.qkv = nnx.LinearGeneral(
-            width, (3, tower.heads, head), dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
+            width, (3, width), dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
         )
-        self.out = nnx.LinearGeneral(
-            (tower.heads, head), width, axis=(-2, -1), dtype=dtype,
-            kernel_init=normal(residual_std), rngs=rngs,
-        )  # fmt: skip
+        self.out = nnx.Linear(
+            width, width, dtype=dtype, kernel_init=normal(residual_std), rngs=rngs
+        )
         self.ln_2 = LayerNorm(width, rngs=rngs)
         self.mlp_in = nnx.Linear(
             width, tower.mlp, dtype=dtype, kernel_init=normal((2 * width) ** -0.5), rngs=rngs
@@ -103,20 +76,16 @@ class Block(nnx.Module):
         self.mlp_out = nnx.Linear(
             tower.mlp, width, dtype=dtype, kernel_init=normal(residual_std), rngs=rngs
         )
+        self.heads = tower.heads
         self.act = act
 
-    def __call__(self, x_NxD: jax.Array, length: int, *, causal: bool) -> jax.Array:
-        """N tokens, which are sequences of `length` one after the other."""
-        qkv_NxCxHxW = self.qkv(self.ln_1(x_NxD))
-        qkv_BxLxCxHxW = qkv_NxCxHxW.reshape(-1, length, *qkv_NxCxHxW.shape[1:])
-        # Of a split the gradient is one concatenation; of three slices, three padded arrays' sum.
-        q, k, v = (part[:, :, 0] for part in jnp.split(qkv_BxLxCxHxW, 3, axis=2))
-        heads_BxLxHxW = attention(q, k, v, causal=causal)
-        x_NxD += self.out(heads_BxLxHxW.reshape(-1, *heads_BxLxHxW.shape[2:]))
-        hidden = self.mlp_in(self.ln_2(x_NxD))
+    def __call__(self, x_BxLxD: jax.Array, *, causal: bool) -> jax.Array:
+        qkv_BxLx3xD = self.qkv(self.ln_1(x_BxLxD))
+        x_BxLxD += self.out(attention(jnp.moveaxis(qkv_BxLx3xD, 2, 0), self.heads, causal=causal))
+        hidden = self.mlp_in(self.ln_2(x_BxLxD))
         # Its input is all that the backward pass need keep of an activation.
         act = jax.checkpoint(ACTIVATIONS[self.act], prevent_cse=False)
-        return x_NxD + self.mlp_out(act(hidden))
+        return x_BxLxD + self.mlp_out(act(hidden))
 
 
 class Transformer(nnx.Module):
@@ -139,16 +108,13 @@ class Transformer(nnx.Module):
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         graphdef, layers = nnx.split(self.blocks)
 
-        length = x_BxLxD.shape[1]
-
-        def block(x_NxD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
-            layer = gathered(layer, x_NxD.dtype, stack="blocks")
-            return nnx.merge(graphdef, layer)(rows_split(x_NxD), length, causal=self.causal), None
+        def block(x_BxLxD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
+            layer = gathered(layer, x_BxLxD.dtype, stack="blocks")
+            return nnx.merge(graphdef, layer)(rows_split(x_BxLxD), causal=self.causal), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             # Inside a scan nothing can be merged back, so the barrier would only cost time.
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
-        x_NxD, _ = jax.lax.scan(block, x_NxD, nnx.to_pure_dict(layers), unroll=self.unroll)
-        return x_NxD.reshape(x_BxLxD.shape)
+        x_BxLxD, _ = jax.lax.scan(block, x_BxLxD, nnx.to_pure_dict(layers), unroll=self.unroll)
+        return x_BxLxD

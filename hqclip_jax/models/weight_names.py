@@ -27,9 +27,8 @@ def _patches_to_theirs(x: np.ndarray) -> np.ndarray:
 
 SAME = Layout(lambda x: x, lambda x, shape: x.reshape(shape))
 FLAT = Layout(lambda x: x.reshape(-1), lambda x, shape: x.reshape(shape))
-# Theirs is [out, in]. Of ours either the outputs are split over heads, or the inputs.
+# Theirs is [out, in]; ours of queries, keys and values is [in, 3, out].
 KERNEL = Layout(lambda x: x.reshape(len(x), -1).T, lambda x, shape: x.T.reshape(shape))
-FROM_HEADS = Layout(lambda x: x.reshape(-1, x.shape[-1]).T, lambda x, shape: x.T.reshape(shape))
 # Theirs is a convolution [out, channel, row, column].
 PATCHES = Layout(_patches_to_theirs, lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape))
 
@@ -56,9 +55,9 @@ def _norm(ours: str, theirs: str) -> tuple[Row, ...]:
     )
 
 
-def _linear(ours: str, theirs: str, layout: Layout = KERNEL) -> tuple[Row, ...]:
+def _linear(ours: str, theirs: str) -> tuple[Row, ...]:
     return (
-        Row(f"{ours}/kernel", f"{theirs}.weight", layout),
+        Row(f"{ours}/kernel", f"{theirs}.weight", KERNEL),
         Row(f"{ours}/bias", f"{theirs}.bias", FLAT),
     )
 
@@ -74,7 +73,7 @@ _OPEN_CLIP_BLOCK = (
     *_norm("ln_1", "ln_1"),
     Row("qkv/kernel", "attn.in_proj_weight", KERNEL),
     Row("qkv/bias", "attn.in_proj_bias", FLAT),
-    *_linear("out", "attn.out_proj", FROM_HEADS),
+    *_linear("out", "attn.out_proj"),
     *_norm("ln_2", "ln_2"),
     *_linear("mlp_in", "mlp.c_fc"),
     *_linear("mlp_out", "mlp.c_proj"),
@@ -104,7 +103,7 @@ _TRANSFORMERS_BLOCK = (
         for part, name in enumerate("qkv")
         for row in _linear("qkv", f"self_attn.{name}_proj")
     ),
-    *_linear("out", "self_attn.out_proj", FROM_HEADS),
+    *_linear("out", "self_attn.out_proj"),
     *_norm("ln_2", "layer_norm2"),
     *_linear("mlp_in", "mlp.fc1"),
     *_linear("mlp_out", "mlp.fc2"),

@@ -16,6 +16,7 @@ from hqclip_jax.models.zoo import ARCHITECTURES
 
 CONFIG = ModelConfig(arch="ViT-Pico/8", image_size=16, context_length=7, dtype="float32")
 VOCAB, TAGS = 50, 5
+HEADS = 2  # of both towers of ViT-Pico
 
 
 @functools.cache
@@ -48,22 +49,20 @@ def activation(x, act):
     return x * 0.5 * (1 + erf(x / np.sqrt(2)))
 
 
-def transformer(x, blocks, act, causal):
+def transformer(x, blocks, act, causal, heads):
     layers = len(blocks["ln_1"]["scale"])
     for i in range(layers):
         p = jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), blocks)
         y = layer_norm(x, p["ln_1"])
-        qkv = np.einsum("ld,dchk->clhk", y, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None]
-        heads = []
-        for h in range(qkv.shape[2]):
-            q, k, v = qkv[:, :, h]
+        qkv = np.einsum("ld,dce->cle", y, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None]
+        of_heads = []
+        for q, k, v in zip(*(np.split(part, heads, axis=1) for part in qkv)):
             scores = q @ k.T / np.sqrt(q.shape[-1])
             if causal:
                 scores = np.where(np.tri(len(scores)) > 0, scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            heads.append(weights / weights.sum(-1, keepdims=True) @ v)
-        out = sum(o @ p["out"]["kernel"][h] for h, o in enumerate(heads))
-        x = x + out + p["out"]["bias"]
+            of_heads.append(weights / weights.sum(-1, keepdims=True) @ v)
+        x = x + np.concatenate(of_heads, axis=1) @ p["out"]["kernel"] + p["out"]["bias"]
         hidden = layer_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
         x = x + activation(hidden, act) @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
     return x
@@ -85,7 +84,9 @@ def reference_image(image, params, act):
             patch = pixels[top : top + 8, left : left + 8].reshape(-1)
             tokens.append(patch @ v["patch_embed"]["kernel"])
     x = layer_norm(np.stack(tokens) + v["positional_embedding"], v["ln_pre"])
-    pooled = layer_norm(transformer(x, v["transformer"]["blocks"], act, False)[0], v["ln_post"])
+    pooled = layer_norm(
+        transformer(x, v["transformer"]["blocks"], act, False, HEADS)[0], v["ln_post"]
+    )
     tag_logits = pooled @ p["tag_head"]["kernel"] + p["tag_head"]["bias"]
     return unit(pooled @ p["visual_projection"]["kernel"]), tag_logits
 
@@ -94,7 +95,7 @@ def reference_text(ids, params, act):
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     t = p["text"]
     x = t["token_embedding"][ids] + t["positional_embedding"]
-    x = transformer(x, t["transformer"]["blocks"], act, True)
+    x = transformer(x, t["transformer"]["blocks"], act, True, HEADS)
     pooled = layer_norm(x, t["ln_final"])[list(ids).index(max(ids))]
     return unit(pooled @ p["text_projection"]["kernel"])
 
