@@ -1,4 +1,5 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program sends between devices, and how long its compiler thinks it takes, read
+from its text."""
 
 import math
 import re
@@ -16,6 +17,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|condition)=%?([\w.\-]+)|branch_comput
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIP_COUNT = re.compile(r"known_trip_count\D*(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def _bytes(shapes: str) -> int:
@@ -49,17 +51,9 @@ def _trips(line: str, condition: list[str]) -> int:
     return max(bounds, default=1)
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives of one execution, by kind: how many, and bytes of their results on a device.
-
-    Loops count as often as they run. A TPU compiler weaves one collective into several fusions,
-    all with its channel id: it counts once. A tuple counts whole, and asynchronous forms, whose
-    result has the operand too, half.
-
-    Args:
-        text: `compiled.as_text()`.
-    """
-    bodies, entry = _computations(text)
+def _runs(bodies: dict[str, list[str]], entry: str, fused: bool) -> dict[str, int]:
+    """How often each computation runs in one execution; `fused` ones too, or only loops' and
+    conditionals'."""
     runs: dict[str, int] = defaultdict(int)
     waiting = [(entry, 1)]
     while waiting:
@@ -72,10 +66,43 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
                 condition, body = loop.groups()
                 waiting.append((body, times * _trips(line, bodies.get(condition, []))))
             for called, branches in _CALLED.findall(line):
-                names = [called] if called else re.findall(r"[\w.\-]+", branches)
-                waiting += [(n, times) for n in names]
+                if branches:
+                    waiting += [(n, times) for n in re.findall(r"[\w.\-]+", branches)]
+                elif fused:
+                    waiting.append((called, times))
+    return runs
+
+
+def estimated_cycles(text: str) -> int:
+    """Clock cycles of one execution on a device, by the cost model of a TPU's compiler, which notes
+    them at every operation; 0 where it notes none. Own kernels and waiting for other devices are
+    not in it.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    bodies, entry = _computations(text)
+    return sum(
+        times * int(cycles)
+        for name, times in _runs(bodies, entry, fused=False).items()
+        for line in bodies.get(name, ())
+        for cycles in _CYCLES.findall(line)
+    )
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Collectives of one execution, by kind: how many, and bytes of their results on a device.
+
+    Loops count as often as they run. A TPU compiler weaves one collective into several fusions,
+    all with its channel id: it counts once. A tuple counts whole, and asynchronous forms, whose
+    result has the operand too, half.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    bodies, entry = _computations(text)
     seen: dict[tuple[str, str], tuple[int, int]] = {}
-    for name, times in runs.items():
+    for name, times in _runs(bodies, entry, fused=True).items():
         for i, line in enumerate(bodies.get(name, ())):
             match = _COLLECTIVE.search(line)
             if not match:

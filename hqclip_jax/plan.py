@@ -29,7 +29,7 @@ from hqclip_jax.config import Config, ConfigError, MeshConfig
 from hqclip_jax.cost import device_memory, recomputed_flops, step_flops
 from hqclip_jax.data.tokenizer import ClipTokenizer
 from hqclip_jax.hardware import CHIPS, Chip, chip_of, topology_devices
-from hqclip_jax.hlo import collectives
+from hqclip_jax.hlo import collectives, estimated_cycles
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import make_mesh
 from hqclip_jax.step import TrainState, batch_shapes, init_state, make_train_step
@@ -51,6 +51,8 @@ class Plan:
         flops: model FLOPs of a step, by part.
         sends: collectives of a step and chip by kind: how many, and bytes.
         step_s: seconds at the stated utilisation.
+        compiler_s: seconds by the compiler's cost model, without attention's kernels and without
+            waiting for other chips: a lower bound; None where nothing was compiled.
     """
 
     topology: str
@@ -66,6 +68,7 @@ class Plan:
     sends: dict[str, tuple[int, int]]
     mfu: float
     step_s: float
+    compiler_s: float | None
     steps: int
     compile_s: float | None
     note: str = ""
@@ -135,7 +138,7 @@ def make_plan(
     abstract = abstract or init_shapes(config, mesh)[1]
     formula = device_memory(config, abstract, mesh)
     flops = step_flops(config, tags_of(config))
-    fits = hbm = compile_s = None
+    fits = hbm = compile_s = compiler_s = None
     memory: dict[str, float] = {}
     sends: dict[str, tuple[int, int]] = {}
     if compile_it:
@@ -157,12 +160,13 @@ def make_plan(
             memory["peak"] = stats.peak_memory_in_bytes / GIB
             # The compiler refuses for temporaries alone.
             fits = hbm <= chip.hbm
-            sends = collectives(compiled.as_text())
+            text = compiled.as_text()
+            sends, compiler_s = collectives(text), estimated_cycles(text) / chip.clock
         compile_s = time.monotonic() - began
     return Plan(
         topology if slices == 1 else f"{slices} × {topology}", len(devices), chip.hbm, config,
         dict(mesh.shape), fits, hbm, memory, {k: v / GIB for k, v in formula.items()}, flops, sends,
-        mfu, sum(flops.values()) / (len(devices) * chip.peak * mfu),
+        mfu, sum(flops.values()) / (len(devices) * chip.peak * mfu), compiler_s,
         # Epochs need a data set; the published schedules are in samples.
         config.steps(config.optim.duration, 1_000_000, "optim.duration"), compile_s, note,
     )  # fmt: skip
@@ -307,6 +311,12 @@ def show(plan: Plan, console: Console) -> None:
         console.print(table)
     if plan.compile_s is not None:
         console.print(f"compiled in {plan.compile_s:.0f} s")
+    if plan.compiler_s:
+        bound = plan.mfu * plan.step_s / plan.compiler_s
+        console.print(
+            f"by the compiler's cost model, attention and waiting for other chips apart: "
+            f"{plan.compiler_s:.2f} s a step, {bound:.0%} of the peak"
+        )
     console.print(
         f"at {plan.mfu:.0%} of the peak: {plan.step_s:.2f} s a step, "
         f"{config.optim.batch / plan.step_s:,.0f} images/s; {plan.steps:,} steps take "

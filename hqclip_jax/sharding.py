@@ -146,6 +146,15 @@ def rows_per_device(rows: int) -> int:
     return rows if mesh.empty else rows // (mesh.shape["replica"] * mesh.shape["fsdp"])
 
 
+def target() -> tuple[str, int]:
+    """What the program at hand is for: "tpu", "gpu" or "cpu", and how many devices share a layer
+    over `tensor`, under the mesh at hand or without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend(), 1
+    return mesh.abstract_device.platform, mesh.shape["tensor"]
+
+
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
     """[parts, rows / parts, ...]. Each part takes its rows from all devices alike, so that none has
     to move."""

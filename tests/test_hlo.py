@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 
 from hqclip_jax.config import MeshConfig
-from hqclip_jax.hlo import collectives
+from hqclip_jax.hlo import collectives, estimated_cycles
 from hqclip_jax.sharding import P, make_mesh
 
 # A loop of 5 turns that gathers 8 × 16 bf16 and permutes asynchronously, a sum of two arrays after
@@ -51,6 +51,19 @@ def test_loops_count_as_often_as_they_run_and_woven_collectives_once():
         "reduce-scatter": (1, 10 * 4),
         "all-reduce": (1, 3 * 4 + 2 * 2),
     }
+
+
+def test_cycles_count_by_operation_and_loop_and_not_again_inside_of_a_fusion():
+    def noted(cycles: int) -> str:
+        return f', backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+
+    program = PROGRAM.replace("channel_id=1, dimensions={0}", "channel_id=1" + noted(100))
+    program = program.replace("(%p), channel_id=4", "(%p), channel_id=4" + noted(7))
+    program = program.replace(
+        "calls=%all-reduce-scatter.1", "calls=%all-reduce-scatter.1" + noted(11)
+    )
+    assert estimated_cycles(program) == 5 * 100 + 11
+    assert estimated_cycles(PROGRAM) == 0
 
 
 def test_a_compiled_loop_of_gathers():

@@ -29,7 +29,10 @@ class TextTransformer(nnx.Module):
     def __call__(self, text_BxL: jax.Array) -> jax.Array:
         """Pooled features [B, width] of int32 token ids. Normalising the pooled token alone equals
         normalising all and then pooling."""
-        x = self.token_embedding[...].at[text_BxL].get(mode="clip").astype(self.dtype)
+        # In f32, so that its gradient is: hundreds of texts add to the row of the start token, and
+        # in bf16 a sum stops growing at 256 times its next term.
+        table = self.token_embedding[...].astype(jnp.float32)
+        x = table.at[text_BxL].get(mode="clip").astype(self.dtype)
         x = x + self.positional_embedding[...].astype(self.dtype)
         x = self.transformer(x)
         if self.pool_last:

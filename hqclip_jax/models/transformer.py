@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from hqclip_jax.config import ModelConfig
 from hqclip_jax.models.attention import attention
 from hqclip_jax.models.zoo import Tower
-from hqclip_jax.sharding import gathered, rows_split
+from hqclip_jax.sharding import gathered, rows_split, target
 
 LN_EPSILON = 1e-5  # OpenAI's; NNX's default is 1e-6
 
@@ -55,6 +56,24 @@ class LayerNorm(nnx.LayerNorm):
         return layer_norm(x, self.scale[...], self.bias[...])
 
 
+class JointLinear(nnx.LinearGeneral):
+    """Queries, keys and values [..., 3, out] by one product, from a kernel [in, 3, out]."""
+
+    def __init__(self, width: int, out: int, **options: Any) -> None:
+        super().__init__(width, (3, out), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        platform, split = target()
+        if platform == "tpu" or split > 1:
+            # A TPU's compiler writes the three apart from one another at no cost; and as one
+            # matrix, three parts that are each split over devices could not stay where they are.
+            return super().__call__(x)
+        # As a matrix: else XLA for CPUs transposes what it takes the kernel's gradient of.
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.kernel, self.bias))
+        y = x.astype(self.dtype) @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
+        return y.reshape(*x.shape[:-1], *bias.shape)
+
+
 class Block(nnx.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)); initialised as OpenCLIP's text tower."""
 
@@ -63,8 +82,8 @@ class Block(nnx.Module):
         residual_std = width**-0.5 * (2 * tower.layers) ** -0.5
         self.ln_1 = LayerNorm(width, rngs=rngs)
         # The last axis is the heads one after the other, so that a part of it is some of them.
-        self.qkv = nnx.LinearGeneral(
-            width, (3, width), dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
+        self.qkv = JointLinear(
+            width, width, dtype=dtype, kernel_init=normal(width**-0.5), rngs=rngs
         )
         self.out = nnx.Linear(
             width, width, dtype=dtype, kernel_init=normal(residual_std), rngs=rngs
@@ -81,7 +100,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxLxD: jax.Array, *, causal: bool) -> jax.Array:
         qkv_BxLx3xD = self.qkv(self.ln_1(x_BxLxD))
-        x_BxLxD += self.out(attention(jnp.moveaxis(qkv_BxLx3xD, 2, 0), self.heads, causal=causal))
+        x_BxLxD += self.out(attention(qkv_BxLx3xD, self.heads, causal=causal))
         hidden = self.mlp_in(self.ln_2(x_BxLxD))
         # Its input is all that the backward pass need keep of an activation.
         act = jax.checkpoint(ACTIVATIONS[self.act], prevent_cse=False)

@@ -88,8 +88,8 @@ def test_tpu_compilers_take_the_kernels_and_no_scores_are_written(
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jnp.sum(attention(qkv, heads, causal=True).astype(jnp.float32) ** 2)
 
-    split = jax.sharding.NamedSharding(mesh, P(None, ("replica", "fsdp"), None, "tensor"))
-    qkv = jax.ShapeDtypeStruct((3, 64, tokens, width), jnp.bfloat16, sharding=split)
+    split = jax.sharding.NamedSharding(mesh, P(("replica", "fsdp"), None, None, "tensor"))
+    qkv = jax.ShapeDtypeStruct((64, tokens, 3, width), jnp.bfloat16, sharding=split)
     text = jax.jit(jax.grad(loss), out_shardings=split).lower(qkv).compile().as_text()
     assert "attention_forward" in text and "attention_backward" in text
     assert f"{tokens},{tokens}]" not in text
