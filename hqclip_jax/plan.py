@@ -145,6 +145,7 @@ def make_plan(
         began = time.monotonic()
         try:
             compiled = compile_step(config, mesh)
+            compile_s = time.monotonic() - began
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
@@ -162,7 +163,6 @@ def make_plan(
             fits = hbm <= chip.hbm
             text = compiled.as_text()
             sends, compiler_s = collectives(text), estimated_cycles(text) / chip.clock
-        compile_s = time.monotonic() - began
     return Plan(
         topology if slices == 1 else f"{slices} × {topology}", len(devices), chip.hbm, config,
         dict(mesh.shape), fits, hbm, memory, {k: v / GIB for k, v in formula.items()}, flops, sends,
