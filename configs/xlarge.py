@@ -1,6 +1,6 @@
 """DataComp's xlarge scale: 12.8B samples, the paper's VLM-1B setting.
 
-As it is for 256 chips of v5e or 32 of v5p; where less memory is left for a chip's share of the batch
+As it is for 256 chips of v5e or 32 of v5p; where a chip's share of the batch leaves it less memory,
 add `optim.micro_batches`, such as 2 on v4:4x4x4. `python -m hqclip_jax.plan` tells.
 """
 
