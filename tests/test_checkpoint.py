@@ -11,6 +11,7 @@ from flax import nnx
 
 from hqclip_jax.checkpoint import (
     FOLDER,
+    FORMAT,
     CheckpointError,
     Checkpoints,
     RunInfo,
@@ -185,5 +186,5 @@ def test_a_form_of_the_losses_with_other_parameters_is_another_model():
 def test_a_checkpoint_of_another_format_is_refused():
     stored = json.loads(json.dumps(INFO.to_json()))
     assert RunInfo.from_json(stored) == INFO
-    with pytest.raises(CheckpointError, match="format 1, and this version reads 2"):
+    with pytest.raises(CheckpointError, match=f"format 1, and this version reads {FORMAT}"):
         RunInfo.from_json(stored | {"format": 1})

@@ -97,7 +97,15 @@ def _backward(qkv_ref, do_ref, dqkv_ref, *, head: int, causal: bool) -> None:
     _for_heads(*do_ref.shape[1:], head, work)
 
 
-def _call(kernel, inputs, out_shape, products: int, heads: int, causal: bool, interpret: bool):
+def _call(
+    kernel: Callable,
+    inputs: tuple[jax.Array, ...],
+    out_shape: jax.ShapeDtypeStruct,
+    products: int,
+    heads: int,
+    causal: bool,
+    interpret: bool,
+) -> jax.Array:
     """Runs a kernel over a grid of sequences and of as many heads at a time as fit."""
     B, L, D = inputs[-1].shape[-3:]
     groups = next(
@@ -146,15 +154,19 @@ def fused_attention(
     """
     x = qkv_3xBxLxD
     out = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    # Products of L × L × D: scores and outputs.
+    # Two products of L × L × D: the scores and the outputs.
     return _call(_forward, (x,), out, 2, heads, causal, interpret)
 
 
-def _fused_fwd(qkv, heads, causal, interpret):
+def _fused_fwd(
+    qkv: jax.Array, heads: int, causal: bool, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     return fused_attention(qkv, heads, causal, interpret), qkv
 
 
-def _fused_bwd(heads, causal, interpret, qkv, do):
+def _fused_bwd(
+    heads: int, causal: bool, interpret: bool, qkv: jax.Array, do: jax.Array
+) -> tuple[jax.Array]:
     out = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
     return (_call(_backward, (qkv, do), out, 5, heads, causal, interpret),)
 
