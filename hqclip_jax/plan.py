@@ -56,8 +56,8 @@ class Plan:
     """
 
     topology: str
+    chip: Chip
     chips: int
-    hbm_available_gib: float
     config: Config
     mesh: dict[str, int]
     fits: bool | None
@@ -77,8 +77,24 @@ class Plan:
     def chip_hours(self) -> float:
         return self.steps * self.step_s * self.chips / 3600
 
+    @property
+    def estimate_s(self) -> float:
+        """What `--search` ranks by: seconds of operations, repeated ones too, and then of traffic,
+        as if nothing overlapped. By the compiler's count of both, where there is one; otherwise at
+        the stated utilisation, with the weights gathered in bf16 for each pass of each part and the
+        gradients reduced."""
+        if self.compiler_s is not None:
+            return self.compiler_s + sum(size for _, size in self.sends.values()) / self.chip.link
+        parts, fsdp = self.config.optim.micro_batches, self.mesh["fsdp"]
+        gathers = 2 + (parts > 1) + (self.config.model.remat == "full") if fsdp > 1 else 0
+        weights = self.formula_gib["parameters"] * GIB / 2 * fsdp
+        flops = sum(self.flops.values()) + recomputed_flops(self.config, self.flops)
+        computing = flops / (self.chips * self.chip.peak * self.mfu)
+        return computing + weights * parts * (gathers + 2) / self.chip.link
+
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields |= {"chip": self.chip.name, "hbm_available_gib": self.chip.hbm}
         model, optim = self.config.model, self.config.optim
         fields["config"] = {
             "arch": model.arch, "image_size": model.image_size,
@@ -86,7 +102,11 @@ class Plan:
             "micro_batches": optim.micro_batches,
         }  # fmt: skip
         fields["sends"] = {k: {"count": c, "bytes": b} for k, (c, b) in self.sends.items()}
-        return fields | {"flops_per_step": sum(self.flops.values()), "chip_hours": self.chip_hours}
+        return fields | {
+            "flops_per_step": sum(self.flops.values()),
+            "estimate_s": self.estimate_s,
+            "chip_hours": self.chip_hours,
+        }
 
 
 def tags_of(config: Config) -> int:
@@ -164,7 +184,7 @@ def make_plan(
             text = compiled.as_text()
             sends, compiler_s = collectives(text), estimated_cycles(text) / chip.clock
     return Plan(
-        topology if slices == 1 else f"{slices} × {topology}", len(devices), chip.hbm, config,
+        topology if slices == 1 else f"{slices} × {topology}", chip, len(devices), config,
         dict(mesh.shape), fits, hbm, memory, {k: v / GIB for k, v in formula.items()}, flops, sends,
         mfu, sum(flops.values()) / (len(devices) * chip.peak * mfu), compiler_s,
         # Epochs need a data set; the published schedules are in samples.
@@ -202,16 +222,24 @@ def _wanted(message: str) -> float | None:
 
 
 def search(
-    config: Config, topology: str, mfu: float, slices: int, finalists: int, console: Console
+    config: Config,
+    topology: str,
+    mfu: float,
+    slices: int,
+    compile_them: bool,
+    finalists: int,
+    console: Console,
 ) -> list[Plan]:
     """Configurations that fit, fastest first.
 
-    Remat policies, sizes of fsdp and micro-batches are ranked by the operations that they repeat
-    and the bytes that they move, those that by formula don't fit are dropped, and the best are
-    compiled until `finalists` fit. `mesh.tensor` stays as configured: for towers of CLIP's size
-    fsdp saves the same memory for less traffic.
+    Remat policies, sizes of fsdp and micro-batches are ranked by `Plan.estimate_s`, those that by
+    formula don't fit are dropped, and the best are compiled until `finalists` fit and ranked once
+    more. `mesh.tensor` stays as configured: for towers of CLIP's size fsdp saves the same memory
+    for less traffic.
     """
-    chip, devices, _ = _chips(topology, slices)
+    chip, devices, note = _chips(topology, slices)
+    # The formula is within a third of the compiler, which has the last word where it is asked.
+    limit = chip.hbm * (1.3 if compile_them and not note else 1)
     candidates = []
     abstract = init_shapes(config, make_mesh(MeshConfig(), len(devices), devices))[1]
     for variant in _variants(config, len(devices) // slices):
@@ -219,26 +247,25 @@ def search(
             plan = make_plan(variant, topology, mfu, slices, False, abstract)
         except ConfigError:
             continue
-        # The formula is within a third of the compiler.
-        if sum(plan.formula_gib.values()) < 1.3 * chip.hbm:
-            candidates.append((_estimate(plan, chip), plan))
-    candidates.sort(key=lambda pair: pair[0])
+        if sum(plan.formula_gib.values()) < limit:
+            candidates.append(plan)
+    candidates.sort(key=lambda plan: plan.estimate_s)
     fitting: list[Plan] = []
     with console.status("") as status:
-        for i, (_, plan) in enumerate(candidates):
+        for i, plan in enumerate(candidates):
             if len(fitting) == finalists:
                 break
             status.update(
-                f"compiling {_name(plan)}: candidate {i + 1} of {len(candidates)}, "
+                f"{_name(plan)}: candidate {i + 1} of {len(candidates)}, "
                 f"{len(fitting)} of {finalists} found"
             )
-            tried = make_plan(plan.config, topology, mfu, slices)
+            tried = make_plan(plan.config, topology, mfu, slices, compile_them)
             said = {True: "fits", False: "does not fit", None: "by formula"}[tried.fits]
             size = tried.hbm_gib or sum(tried.formula_gib.values())
-            console.print(f"{_name(tried)}: {said}, {size:.1f} of {chip.hbm:g} GiB")
+            console.print(f"{_name(tried)}: {said}, {size:.1f} of {chip.hbm:g} GiB", soft_wrap=True)
             if tried.fits is not False:
                 fitting.append(tried)
-    return fitting
+    return sorted(fitting, key=lambda plan: plan.estimate_s)
 
 
 def _variants(config: Config, devices: int) -> list[Config]:
@@ -258,20 +285,27 @@ def _variants(config: Config, devices: int) -> list[Config]:
     ]
 
 
-def _estimate(plan: Plan, chip: Chip) -> float:
-    """Seconds by operations, repeated ones too, and by traffic: the weights gathered in bf16 for
-    each pass of each part, the gradients reduced."""
-    parts, fsdp = plan.config.optim.micro_batches, plan.mesh["fsdp"]
-    gathers = 2 + (parts > 1) + (plan.config.model.remat == "full") if fsdp > 1 else 0
-    weights = plan.formula_gib["parameters"] * GIB / 2 * fsdp
-    flops = sum(plan.flops.values()) + recomputed_flops(plan.config, plan.flops)
-    return flops / (plan.chips * chip.peak * plan.mfu) + weights * parts * (gathers + 2) / chip.link
-
-
 def _name(plan: Plan) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     parts = plan.config.optim.micro_batches
     return f"{mesh} remat={plan.config.model.remat} micro_batches={parts}"
+
+
+def show_ranking(plans: Sequence[Plan], console: Console) -> None:
+    """What `search` found, a line each."""
+    table = Table("replica × fsdp × tensor", "remat", title="fastest first", title_justify="left")
+    for column in ("micro-batches", "GiB", "computing", "sending", "both"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        seconds = ["", "", f"{plan.estimate_s:.2f} s"]
+        if plan.compiler_s is not None:
+            sending = plan.estimate_s - plan.compiler_s
+            seconds[:2] = f"{plan.compiler_s:.2f} s", f"{sending:.2f} s"
+        mesh = " × ".join(str(n) for n in plan.mesh.values())
+        parts = str(plan.config.optim.micro_batches)
+        size = plan.hbm_gib or sum(plan.formula_gib.values())
+        table.add_row(mesh, plan.config.model.remat, parts, f"{size:.2f}", *seconds)
+    console.print(table)
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -286,7 +320,7 @@ def show(plan: Plan, console: Console) -> None:
     table = Table("memory of a chip", title="GiB", title_justify="left")
     table.add_column("", justify="right")
     if plan.hbm_gib is not None:
-        of = f"{plan.hbm_gib:.2f} of {plan.hbm_available_gib:g}"
+        of = f"{plan.hbm_gib:.2f} of {plan.chip.hbm:g}"
         table.add_row("[bold]compiler: in all[/]", of)
     for name, size in plan.memory_gib.items():
         table.add_row(f"compiler: {name}", f"{size:.2f}")
@@ -369,18 +403,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides, rest = config_lib.split_overrides(argv)
         args = _parser().parse_args(rest)
         config = config_lib.load(args.config, overrides)
-        if args.search:
-            plans = search(config, args.topology, args.mfu, args.slices, args.search, console)
-        else:
-            plans = [make_plan(config, args.topology, args.mfu, args.slices, not args.formula)]
+        question = (config, args.topology, args.mfu, args.slices, not args.formula)
+        plans = search(*question, args.search, console) if args.search else [make_plan(*question)]
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    for plan in () if args.json else plans:
-        show(plan, console)
     if args.json:
         found = [plan.to_json() for plan in plans]
         print(json.dumps({"plans": found} if args.search else found[0]))
+    elif plans:
+        if args.search:
+            show_ranking(plans, console)
+        show(plans[0], console)
     if not plans:
         print("nothing fits: take more chips or a smaller batch", file=sys.stderr)
     return 0 if plans and all(plan.fits is not False for plan in plans) else 1

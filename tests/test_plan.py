@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 
 import pytest
 
@@ -89,6 +91,37 @@ def test_search_drops_what_cannot_fit_and_ranks_the_rest(capsys, monkeypatch):
         assert sum(plan["formula_gib"].values()) < 1.3 * 15.75
         # 352 images a chip of a ViT-L/14 without any remat are far too many.
         assert plan["config"]["remat"] != "none" or plan["config"]["micro_batches"] > 1
+
+
+def test_what_was_found_is_ranked_by_the_compiler(capsys, monkeypatch):
+    seconds = iter([3.0, 1.0, 2.0])
+
+    def as_compiled(config, topology, mfu, slices=1, compile_it=True, abstract=None):
+        plan = make_plan(config, topology, mfu, slices, False, abstract)
+        if not compile_it:
+            return plan
+        sends = {"all-gather": (1, int(0.25 * plan.chip.link))}
+        return dataclasses.replace(
+            plan, fits=True, hbm_gib=9.0, compiler_s=next(seconds), sends=sends
+        )
+
+    monkeypatch.setattr(plan_lib, "make_plan", as_compiled)
+    question = ["--config=configs/xlarge.py", "--topology=v5e:16x16", "--search"]
+    assert plan_lib.main(question) == 0
+    printed = capsys.readouterr().out
+    estimates = re.findall(r"([\d.]+) s +│$", printed[printed.index("fastest first") :], re.M)
+    assert estimates[:3] == ["1.25", "2.25", "3.25"]
+    assert printed.count("a chip's collectives") == 1  # all of the fastest, a line of the others
+
+
+def test_search_by_formula_compiles_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(plan_lib, "compile_step", None)
+    question = ["--config=configs/xlarge.py", "--topology=v5e:16x16", "--search", "--formula"]
+    assert plan_lib.main(question) == 0
+    printed = capsys.readouterr().out
+    assert "fastest first" in printed
+    # By formula a copy on each chip takes 17 GiB; with a compiler to ask it would be tried.
+    assert "fsdp=1 " not in printed
 
 
 def test_a_copy_on_each_slice():
