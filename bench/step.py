@@ -3,25 +3,28 @@
     python -m bench.step [--arch=ViT-B/32] [--batch=32] [--dtype=float32] [--steps=1] [--repeats=5]
 
 A step is forward, loss, backward and AdamW on a batch that is on the device. The equal work is the
-contrastive loss alone; the row with all losses (HNI and tags over 10,000 classes) has no peer. The
-rows take turns, `--steps` at a time, so that what else the machine does hits all alike; figures are
-medians over the turns. Prints, last, one JSON object; `mfu` is null where the chip is not known.
+contrastive loss alone: there the two sides, each a process of its own, take turns, `--steps` at a
+time, so that what else the machine does hits both alike. The row with all losses (HNI and tags over
+10,000 classes) has no peer and runs afterwards, in the memory that they leave. Figures are medians
+over the turns. Prints, last, one JSON object; `mfu` is null where the chip is not known.
 """
 
 import argparse
+import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import jax
 import numpy as np
 
 from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, validate
 from hqclip_jax.cost import step_flops
-from hqclip_jax.hardware import chip_of
+from hqclip_jax.hardware import Chip, chip_of
 from hqclip_jax.models.vision import CLIP_MEAN, CLIP_STD
 from hqclip_jax.models.zoo import ARCHITECTURES
 from hqclip_jax.optim import make_tx
@@ -52,7 +55,12 @@ def make_batch(config: Config) -> Batch:
 
 
 def our_step(config: Config) -> Run:
-    """The step of `hqclip_jax.train` on the first device."""
+    """The step of `hqclip_jax.train` on the first device, on a CPU without its loops over layers."""
+    if jax.devices()[0].platform == "cpu":
+        arch = ARCHITECTURES[config.model.arch]
+        unroll = max(arch.vision.layers, arch.text.layers)
+        model = dataclasses.replace(config.model, unroll=unroll)
+        config = dataclasses.replace(config, model=model)
     mesh = make_mesh(MeshConfig(), config.optim.batch, jax.devices()[:1])
     tx = make_tx(config.optim, 1, 1_000_000)
     graphdef, _, shardings, init = init_state(
@@ -78,7 +86,9 @@ def open_clip_step(config: Config) -> Run:
     from tests.models.torch_peers import Sizes, open_clip, open_clip_model
 
     model_config, optim = config.model, config.optim
-    device = "cuda" if jax.devices()[0].platform == "gpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (device == "cuda") != (jax.devices()[0].platform == "gpu"):
+        raise ModuleNotFoundError(f"torch runs on {device} here, JAX on {jax.devices()[0]}")
     sizes = Sizes(model_config.image_size, model_config.context_length, VOCAB)
     model = open_clip_model(ARCHITECTURES[model_config.arch], sizes).to(device).train()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -110,57 +120,85 @@ def open_clip_step(config: Config) -> Run:
     return run
 
 
-def has_open_clip() -> bool:
-    """Whether the peer can run where JAX runs."""
+# As it comes, glibc hands large blocks back to the system, and gigabytes of temporaries are mapped
+# and cleared at every step anew, on both sides.
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "MALLOC_ARENA_MAX": "1",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45",  # two share a GPU
+}
+
+
+def row(build: Callable[[Config], Run], config: Config, steps: int, turns: Connection) -> None:
+    """One row, in its own process: says on which chip when it is warm, or why it can't run, and
+    then, at every turn that it is given, the seconds of a step."""
     try:
-        import torch
-    except ModuleNotFoundError:
-        return False
-    return jax.devices()[0].platform == "cpu" or torch.cuda.is_available()
-
-
-def measure(runs: dict[str, Run], steps: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds a step of each, turn by turn."""
-    for name, run in runs.items():
+        run = build(config)
+    except ModuleNotFoundError as e:
+        turns.send(e)
+        return
+    run(3)  # the allocator takes a few steps to settle
+    turns.send(chip_of(jax.devices()[0]))
+    while turns.recv():
         started = time.perf_counter()
-        run(3)  # the allocator takes a few steps to settle
+        run(steps)
+        turns.send((time.perf_counter() - started) / steps)
+
+
+def measure(
+    rows: dict[str, tuple[Callable[[Config], Run], Config]], steps: int, repeats: int
+) -> tuple[Chip | None, dict[str, list[float]]]:
+    """The chip, where it is known, and the seconds a step of each row that can run, by turn."""
+    context, running, chip = multiprocessing.get_context("spawn"), {}, None
+    for name, (build, config) in rows.items():
+        started = time.perf_counter()
+        turns, theirs = context.Pipe()
+        context.Process(target=row, args=(build, config, steps, theirs), daemon=True).start()
+        theirs.close()  # so that the end of that process is seen here
+        try:
+            said = turns.recv()
+        except EOFError:
+            raise SystemExit(f"{name} died: a smaller --batch takes less memory") from None
+        if isinstance(said, Exception):
+            print(f"No {name}: {said}")
+            continue
+        chip, running[name] = said, turns
         print(f"{name}: compiled and warm after {time.perf_counter() - started:.0f} s", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run(steps)
-            seconds[name].append((time.perf_counter() - started) / steps)
+        for name, turns in running.items():
+            turns.send(True)
+            seconds[name].append(turns.recv())
             print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
-    return seconds
+    for turns in running.values():
+        turns.send(False)
+    return chip, seconds
 
 
-def figures_of(configs: dict[str, Config], seconds: dict[str, list[float]]) -> dict:
+def figures_of(config: Config, chip: Chip | None, seconds: dict[str, list[float]]) -> dict:
     """What the last line says."""
-    batch = configs["ours"].optim.batch
+    batch = config.optim.batch
     per_s = {name: batch / statistics.median(times) for name, times in seconds.items()}
     theirs = per_s.get("OpenCLIP")
-    chip = chip_of(jax.devices()[0])
-    flops = sum(step_flops(configs["ours"], num_tags=0).values())
+
+    def mfu(name: str, config: Config) -> float | None:
+        flops = sum(step_flops(config, TAGS if config.loss.tag else 0).values())
+        return chip and round(flops * per_s[name] / batch / chip.peak, 4)
+
     return {
         "ratio_to_openclip": theirs and round(per_s["ours"] / theirs, 3),
         "images_per_s": round(per_s["ours"], 2),
         "images_per_s_openclip": theirs and round(theirs, 2),
         "images_per_s_full_loss": round(per_s["ours, all losses"], 2),
-        "mfu": chip and round(flops * per_s["ours"] / batch / chip.peak, 4),
+        "mfu": mfu("ours", contrastive_only(config)),
+        "mfu_full_loss": mfu("ours, all losses", config),
     }
 
 
-def keep_freed_memory() -> None:
-    """Starts this program again with an allocator that keeps what a step frees for the next one.
-    As it comes, glibc hands large blocks back to the system, and gigabytes of temporaries are
-    mapped and cleared at every step anew, for both sides. Only the environment can say it: threads
-    that are there already have their own heaps."""
-    settings = {
-        "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_ARENA_MAX": "1",
-    }  # fmt: skip
-    if any(name not in os.environ for name in settings):
-        os.execve(sys.executable, sys.orig_argv, os.environ | settings)
+def contrastive_only(config: Config) -> Config:
+    """The equal work."""
+    return dataclasses.replace(config, loss=LossConfig(hni=0, tag=0))
 
 
 def main() -> None:
@@ -173,30 +211,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of a row before the next has a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns that each row has")
     args = parser.parse_args()
-    keep_freed_memory()
-    device, arch = jax.devices()[0], ARCHITECTURES[args.arch]
-    unroll = max(arch.vision.layers, arch.text.layers) if device.platform == "cpu" else 1
-    model = ModelConfig(arch=args.arch, dtype=args.dtype, unroll=unroll)
-    configs = {
-        name: validate(Config(model=model, optim=OptimConfig(batch=args.batch), loss=loss))
-        for name, loss in (
-            ("ours", LossConfig(hni=0, tag=0)),
-            ("ours, all losses", LossConfig()),
-        )
-    }
-    runs = {name: our_step(config) for name, config in configs.items()}
-    if has_open_clip():
-        runs["OpenCLIP"] = open_clip_step(configs["ours"])
-    else:
-        print(f"No OpenCLIP beside ours: torch is missing or has no kernels for {device}")
+    os.environ.update(ENVIRONMENT)
+    model = ModelConfig(arch=args.arch, dtype=args.dtype)
+    config = validate(Config(model=model, optim=OptimConfig(batch=args.batch)))
+    equal = contrastive_only(config)
     load = os.getloadavg()[0]
-    seconds = measure(runs, args.steps, args.repeats)
-    print(f"{args.arch}, batch {args.batch}, {args.dtype}, {device.device_kind}; load {load:.1f}")
+    seconds: dict[str, list[float]] = {}
+    for rows in (
+        {"ours": (our_step, equal), "OpenCLIP": (open_clip_step, equal)},
+        {"ours, all losses": (our_step, config)},
+    ):
+        chip, more = measure(rows, args.steps, args.repeats)
+        seconds |= more
+    print(
+        f"{args.arch}, batch {args.batch}, {args.dtype}, {chip.name if chip else 'CPU'}; load {load:.1f}"
+    )
     print(f"{'':18}{'images/s':>10}{'ms a step':>12}{'fastest':>10}")
     for name, times in seconds.items():
         median = statistics.median(times)
         print(f"{name:18}{args.batch / median:10.2f}{1e3 * median:12.0f}{1e3 * min(times):10.0f}")
-    print(json.dumps(figures_of(configs, seconds)))
+    print(json.dumps(figures_of(config, chip, seconds)))
 
 
 if __name__ == "__main__":
