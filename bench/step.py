@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def make_batch(config: Config) -> Batch:
 
 
 def our_step(config: Config) -> Run:
-    """The step of `hqclip_jax.train` on the first device, on a CPU without its loops over layers."""
+    """The step of `hqclip_jax.train` on the first device; on a CPU its loops are unrolled."""
     if jax.devices()[0].platform == "cpu":
         arch = ARCHITECTURES[config.model.arch]
         unroll = max(arch.vision.layers, arch.text.layers)
@@ -146,6 +147,13 @@ def row(build: Callable[[Config], Run], config: Config, steps: int, turns: Conne
         turns.send((time.perf_counter() - started) / steps)
 
 
+def _answer(name: str, turns: Connection) -> Any:
+    try:
+        return turns.recv()
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"{name}: its process died; a smaller --batch takes less memory") from None
+
+
 def measure(
     rows: dict[str, tuple[Callable[[Config], Run], Config]], steps: int, repeats: int
 ) -> tuple[Chip | None, dict[str, list[float]]]:
@@ -156,10 +164,7 @@ def measure(
         turns, theirs = context.Pipe()
         context.Process(target=row, args=(build, config, steps, theirs), daemon=True).start()
         theirs.close()  # so that the end of that process is seen here
-        try:
-            said = turns.recv()
-        except EOFError:
-            raise SystemExit(f"{name} died: a smaller --batch takes less memory") from None
+        said = _answer(name, turns)
         if isinstance(said, Exception):
             print(f"No {name}: {said}")
             continue
@@ -169,7 +174,7 @@ def measure(
     for _ in range(repeats):
         for name, turns in running.items():
             turns.send(True)
-            seconds[name].append(turns.recv())
+            seconds[name].append(_answer(name, turns))
             print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
     for turns in running.values():
         turns.send(False)
@@ -223,9 +228,8 @@ def main() -> None:
     ):
         chip, more = measure(rows, args.steps, args.repeats)
         seconds |= more
-    print(
-        f"{args.arch}, batch {args.batch}, {args.dtype}, {chip.name if chip else 'CPU'}; load {load:.1f}"
-    )
+    on = chip.name if chip else "CPU"
+    print(f"{args.arch}, batch {args.batch}, {args.dtype}, {on}; load {load:.1f}")
     print(f"{'':18}{'images/s':>10}{'ms a step':>12}{'fastest':>10}")
     for name, times in seconds.items():
         median = statistics.median(times)
