@@ -1,12 +1,14 @@
 """How fast is a training step, next to OpenCLIP's on the same machine?
 
     python -m bench.step [--arch=ViT-B/32] [--batch=32] [--dtype=float32] [--steps=1] [--repeats=5]
+                         [--alone]
 
 A step is forward, loss, backward and AdamW on a batch that is on the device. The equal work is the
 contrastive loss alone: there the two sides, each a process of its own, take turns, `--steps` at a
-time, so that what else the machine does hits both alike. The row with all losses (HNI and tags over
-10,000 classes) has no peer and runs afterwards, in the memory that they leave. Figures are medians
-over the turns. Prints, last, one JSON object; `mfu` is null where the chip is not known.
+time, so that what else the machine does hits both alike; `--alone`, where memory can't hold both,
+one runs after the other. So does the row with all losses (HNI and tags over 10,000 classes), which
+has no peer. Figures are medians over the turns. Prints, last, one JSON object; `mfu` is of the
+chip's bf16 peak, and null on a CPU.
 """
 
 import argparse
@@ -93,6 +95,7 @@ def open_clip_step(config: Config) -> Run:
     sizes = Sizes(model_config.image_size, model_config.context_length, VOCAB)
     model = open_clip_model(ARCHITECTURES[model_config.arch], sizes).to(device).train()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which is what JAX does there
     plain = [p for p in model.parameters() if p.ndim < 2]
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
@@ -159,10 +162,13 @@ def measure(
 ) -> tuple[Chip | None, dict[str, list[float]]]:
     """The chip, where it is known, and the seconds a step of each row that can run, by turn."""
     context, running, chip = multiprocessing.get_context("spawn"), {}, None
+    processes = []
     for name, (build, config) in rows.items():
         started = time.perf_counter()
         turns, theirs = context.Pipe()
-        context.Process(target=row, args=(build, config, steps, theirs), daemon=True).start()
+        process = context.Process(target=row, args=(build, config, steps, theirs), daemon=True)
+        process.start()
+        processes.append(process)
         theirs.close()  # so that the end of that process is seen here
         said = _answer(name, turns)
         if isinstance(said, Exception):
@@ -178,6 +184,8 @@ def measure(
             print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
     for turns in running.values():
         turns.send(False)
+    for process in processes:
+        process.join()  # the next may need its memory
     return chip, seconds
 
 
@@ -215,6 +223,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=1, help="of a row before the next has a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns that each row has")
+    parser.add_argument("--alone", action="store_true", help="the sides don't take turns")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     model = ModelConfig(arch=args.arch, dtype=args.dtype)
@@ -222,8 +231,9 @@ def main() -> None:
     equal = contrastive_only(config)
     load = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {}
+    ours, theirs = {"ours": (our_step, equal)}, {"OpenCLIP": (open_clip_step, equal)}
     for rows in (
-        {"ours": (our_step, equal), "OpenCLIP": (open_clip_step, equal)},
+        *([ours, theirs] if args.alone else [ours | theirs]),
         {"ours, all losses": (our_step, config)},
     ):
         chip, more = measure(rows, args.steps, args.repeats)

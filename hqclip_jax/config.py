@@ -223,7 +223,11 @@ def validate(config: Config) -> Config:
     for name, value in (("data.p_desc", data.p_desc), ("data.p_neg_desc", data.p_neg_desc)):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name}={value} is not a probability: give a number from 0 to 1")
-    for name, value in (("model.patch_dropout", model.patch_dropout), ("optim.ema", optim.ema)):
+    shares = {
+        "model.patch_dropout": model.patch_dropout, "optim.ema": optim.ema,
+        "optim.beta1": optim.beta1, "optim.beta2": optim.beta2,
+    }  # fmt: skip
+    for name, value in shares.items():
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value} is not a share: give a number from 0 to below 1")
     low, high = data.crop_scale
@@ -236,15 +240,27 @@ def validate(config: Config) -> Config:
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
         "optim.micro_batches": optim.micro_batches, "optim.max_skipped": optim.max_skipped,
+        "optim.eps": optim.eps,
     }  # fmt: skip
     for name, value in positive.items():
-        if value <= 0:
+        if not value > 0:
             raise ConfigError(f"{name}={value} must be above 0")
+    not_negative = {
+        "loss.contrastive": loss.contrastive, "loss.hni": loss.hni, "loss.tag": loss.tag,
+        "optim.weight_decay": optim.weight_decay, "optim.clip_norm": optim.clip_norm,
+    }  # fmt: skip
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{name}={value} must not be below 0")
+    _check_split("mesh.tensor", config.mesh.tensor, "attention heads", model.arch,
+                 arch.vision.heads, arch.text.heads)  # fmt: skip
+    _check_split("mesh.fsdp", config.mesh.fsdp, "features", model.arch,
+                 arch.vision.width, arch.text.width)  # fmt: skip
     if model.context_length < 3:
         raise ConfigError(f"model.context_length={model.context_length} leaves no room for a word")
-    if loss.contrastive <= 0 and loss.hni <= 0 and loss.tag <= 0:
+    if not (loss.contrastive or loss.hni or loss.tag):
         raise ConfigError("loss.contrastive, loss.hni and loss.tag are all 0: nothing to train")
-    if loss.hni > 0 and loss.hni_form != "pair":
+    if loss.hni and loss.hni_form != "pair":
         if loss.contrastive_form == "sigmoid":
             raise ConfigError(
                 f"loss.hni_form={loss.hni_form!r} adds negatives to a softmax, and "
@@ -255,13 +271,24 @@ def validate(config: Config) -> Config:
                 f"loss.hni_scale='own' goes with loss.hni_form='pair': {loss.hni_form!r} shares "
                 "the softmax of the contrastive loss"
             )
-    if loss.tag > 0 and data.tag_vocabulary <= 0:
+    if loss.tag and data.tag_vocabulary <= 0:
         raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
     for name in ("optim.duration", "optim.warmup", "checkpoint.every", "log.every"):
         section, key = name.split(".")
         if parse_duration(getattr(getattr(config, section), key), name)[0] <= 0 and key != "warmup":
             raise ConfigError(f"{name} must be above 0")
     return config
+
+
+def _check_split(name: str, parts: int, what: str, arch: str, image: int, text: int) -> None:
+    """What an axis does not divide would be left whole, and nothing be won."""
+    if image % parts or text % parts:
+        common = math.gcd(image, text)
+        sizes = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ConfigError(
+            f"{name}={parts} does not divide the {image} and {text} {what} of the image and text "
+            f"tower of model.arch={arch!r}: take one of {sizes}"
+        )
 
 
 def from_json(stored: dict) -> Config:

@@ -46,7 +46,8 @@ def step_flops(config: Config, num_tags: int) -> dict[str, float]:
     text = _tower_flops(arch.text, config.model.context_length)
     texts = 2 if loss.hni else 1
     tag_width = arch.embed_dim if loss.tag_input == "projected" else arch.vision.width
-    matrices = bool(loss.contrastive) + bool(loss.hni and loss.hni_form == "all")
+    shared = loss.hni and loss.hni_form != "pair"  # with the softmax over the batch's texts
+    matrices = bool(loss.contrastive or shared) + bool(shared and loss.hni_form == "all")
     forward = {
         "image": _tower_flops(arch.vision, tokens) + patches,
         "text": text,

@@ -18,6 +18,8 @@ class Chip:
         peak: dense bf16 FLOP/s.
         hbm: GiB that a program may use: where a TPU's compiler refuses, of GPUs as sold.
         link: bytes/s that it sends to its neighbours (ICI or NVLink), all links together, one way.
+        network: bytes/s that it sends to other slices or nodes: of TPUs their share of a pod's
+            published rate (v4's is not; v5p's), of GPUs what NVIDIA's own servers have.
         source: where the figures are published.
         clock: Hz of a TPU's cores, by which its peak is what its matrix units do in a cycle (our
             inference); 0 where nothing needs it.
@@ -28,20 +30,25 @@ class Chip:
     peak: float
     hbm: float
     link: float
+    network: float
     source: str
     clock: float = 0.0
 
 
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = (
-    Chip("v4", "TPU v4", 275e12, 30.75, 300e9, _TPU + "v4", 1.05e9),
-    Chip("v5e", "TPU v5 lite", 197e12, 15.75, 200e9, _TPU + "v5e", 1.5e9),
-    Chip("v5p", "TPU v5", 459e12, 95.74, 600e9, _TPU + "v5p", 1.75e9),
-    Chip("v6e", "TPU v6 lite", 918e12, 31.25, 400e9, _TPU + "v6e", 1.75e9),
-    Chip("A100", "A100", 312e12, 80, 300e9, "https://www.nvidia.com/en-us/data-center/a100/"),
-    Chip("H100", "H100", 989e12, 80, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
-    Chip("H200", "H200", 989e12, 141, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"),
-    Chip("B200", "B200", 2250e12, 180, 900e9, "https://www.nvidia.com/en-us/data-center/hgx/"),
+    Chip("v4", "TPU v4", 275e12, 30.75, 300e9, 6.25e9, _TPU + "v4", 1.05e9),
+    Chip("v5e", "TPU v5 lite", 197e12, 15.75, 200e9, 3.125e9, _TPU + "v5e", 1.5e9),
+    Chip("v5p", "TPU v5", 459e12, 95.74, 600e9, 6.25e9, _TPU + "v5p", 1.75e9),
+    Chip("v6e", "TPU v6 lite", 918e12, 31.25, 400e9, 12.5e9, _TPU + "v6e", 1.75e9),
+    Chip("A100", "A100", 312e12, 80, 300e9, 25e9, "https://www.nvidia.com/en-us/data-center/a100/"),
+    Chip("H100", "H100", 989e12, 80, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+    Chip(
+        "H200", "H200", 989e12, 141, 450e9, 50e9, "https://www.nvidia.com/en-us/data-center/h200/"
+    ),
+    Chip(
+        "B200", "B200", 2250e12, 180, 900e9, 50e9, "https://www.nvidia.com/en-us/data-center/hgx/"
+    ),
 )
 
 

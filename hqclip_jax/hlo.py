@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # what leaves a chip over the data centre's network
 
 _ITEMSIZE = {
     "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8,
@@ -15,17 +16,26 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_SEND = re.compile(r" = \((.*?\]).*\) send\(.*_xla_megascale_transfer_type")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}.*?\}\}|\[\d+,(\d+)\]\S*|\{\})")
 _TRIP_COUNT = re.compile(r"known_trip_count\D*(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
-def _bytes(shapes: str) -> int:
-    """Of all arrays of a result type."""
-    return sum(
+def _bytes(shapes: str) -> list[int]:
+    """Of each array of a result type."""
+    return [
         _ITEMSIZE.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in _ARRAY.findall(shapes)
-    )
+    ]
+
+
+def _group_size(groups: re.Match | None) -> int:
+    """Devices that take part together; 1 where the text does not say."""
+    if groups is None or not (groups[1] or groups[2]):
+        return 1
+    return int(groups[2]) if groups[2] else groups[1].count(",") + 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -91,32 +101,44 @@ def estimated_cycles(text: str) -> int:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives of one execution, by kind: how many, and bytes of their results on a device.
+    """Collectives of one execution, by kind: how many, and bytes of the larger of operand and
+    result on a device.
 
     Loops count as often as they run. A TPU compiler weaves one collective into several fusions,
-    all with its channel id: it counts once. A tuple counts whole, and asynchronous forms, whose
-    result has the operand too, half.
+    all with its channel id: it counts once. Of several slices it does a part within each, and what
+    is left for the network between them it sends: `BETWEEN_SLICES`, on top of the parts.
 
     Args:
         text: `compiled.as_text()`.
     """
     bodies, entry = _computations(text)
-    seen: dict[tuple[str, str], tuple[int, int]] = {}
+    seen: dict[tuple[str, ...], tuple[int, int]] = {}
     for name, times in _runs(bodies, entry, fused=True).items():
         for i, line in enumerate(bodies.get(name, ())):
+            if match := _SEND.search(line):
+                seen[BETWEEN_SLICES, f"{name}:{i}"] = times, times * sum(_bytes(match[1]))
+                continue
             match = _COLLECTIVE.search(line)
             if not match:
                 continue
             shapes, kind, start = match.groups()
+            groups = _GROUPS.search(line)
+            sizes = _bytes(shapes.replace("u32[]", ""))  # a permute's counters
+            size = sum(sizes)
+            if start and kind != "all-reduce":  # operands, and then results
+                half = len(sizes) // 2
+                size = max(sum(sizes[:half]), sum(sizes[half:]))
+            if kind == "reduce-scatter" and not start:
+                size *= _group_size(groups)
+            # The compiler's name says where a sum is scattered in the same breath.
+            if "all-reduce-scatter" in name:
+                kind = "reduce-scatter"
             # JAX gives all its permutes one channel.
             channel = kind != "collective-permute" and _CHANNEL.search(line)
-            key = (kind, channel[1] if channel else f"{name}:{i}")
-            size = _bytes(shapes) // (2 if start and kind != "all-reduce" else 1)
-            # The compiler's name says where a sum is scattered in the same breath.
-            found = ("reduce-scatter", key[1]) if "all-reduce-scatter" in name else key
-            seen[found] = max(seen.get(found, (0, 0)), (times, times * size))
+            key = (channel[1], groups[0] if groups else "") if channel else (f"{name}:{i}",)
+            seen[kind, *key] = max(seen.get((kind, *key), (0, 0)), (times, times * size))
     totals: dict[str, tuple[int, int]] = {}
-    for (kind, _), (times, size) in seen.items():
+    for (kind, *_), (times, size) in seen.items():
         count, total = totals.get(kind, (0, 0))
         totals[kind] = (count + times, total + size)
     return totals

@@ -219,7 +219,8 @@ def tag_classification(
 
     Returns:
         by image, f32 [B]: its loss; its recall, the share of its k tags that are among its k
-        highest logits; and a mask that is 0 where it has no tag, or only tags that weigh nothing.
+        highest logits, where a tie counts as lower; and a mask that is 0 where it has no tag, or
+        only tags that weigh nothing.
     """
     logits_BxV = logits_BxV.astype(jnp.float32)
     known_BxT = (tag_ids_BxT >= 0).astype(jnp.float32)
@@ -240,8 +241,8 @@ def tag_classification(
         mask_B = count_B > 0
         # −log σ(x) = softplus(x) − x, so the whole target is a sum of x over the known tags.
         loss_B = jnp.sum(jax.nn.softplus(logits_BxV), axis=1) - jnp.sum(known_BxT * at_BxT, axis=1)
-    # Likewise by counting what scores higher, not by sorting.
+    # Likewise by counting what scores as high, itself apart, not by sorting.
     seen_BxV = jax.lax.stop_gradient(logits_BxV)
-    above_BxT = jnp.sum(seen_BxV[:, None, :] > at_BxT[:, :, None], axis=2)
+    above_BxT = jnp.sum(seen_BxV[:, None, :] >= at_BxT[:, :, None], axis=2) - 1
     hits_B = jnp.sum(known_BxT * (above_BxT < count_B[:, None]), axis=1)
     return loss_B, hits_B / jnp.maximum(count_B, 1), mask_B.astype(jnp.float32)

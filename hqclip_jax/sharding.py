@@ -80,9 +80,11 @@ def _arrange(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarr
     Raises:
         ConfigError: the slices can't share the copies evenly.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slices_among(devices)
     replica, fsdp, tensor = shape
-    if slices == 1:
+    # JAX may call every GPU node a slice. Their devices come node by node, so that a copy of the
+    # model stays within one where it fits, and where it does not it may span some.
+    if slices == 1 or devices[0].platform != "tpu":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if replica % slices:
         raise ConfigError(
@@ -95,9 +97,37 @@ def _arrange(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarr
     )
 
 
+def slices_among(devices: list[jax.Device]) -> int:
+    """How many TPU slices, or GPU nodes, which JAX may call so."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the batch axes."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process reads, and into how many it is shared.
+
+    Processes whose devices stand beside each other along `tensor` see the same rows, and so have to
+    read the same.
+
+    Raises:
+        ConfigError: the mesh gives some processes more rows than others, or a part of another's.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    owned: dict[int, set[int]] = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            owned.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(part)) for part in owned.values()})
+    if sum(map(len, shares)) != len(rows) or len({len(share) for share in shares}) != 1:
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']} shares the rows of a batch unevenly among "
+            f"{len(owned)} processes: take a divisor or a multiple of each one's devices"
+        )
+    return shares.index(tuple(sorted(owned[jax.process_index()]))), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

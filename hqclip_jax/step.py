@@ -145,8 +145,7 @@ def loss_fn(
     be: each image has the texts of all parts for rivals (GradCache, Gao et al. 2021).
 
     Args:
-        batch: as `batch_shapes` has it; `keep` int32 [B, K] where patches are dropped; `weight`
-            f32 [B] where pairs weigh differently.
+        batch: as `batch_shapes` has it; `keep` int32 [B, K] where patches are dropped.
     """
     parts = config.optim.micro_batches
 
@@ -166,17 +165,14 @@ def loss_fn(
 
     scale = jnp.exp(params["logit_scale"])
     own = params.get("hni_logit_scale")
-    weight_B = batch.get("weight")
     metrics = {"logit_scale": scale} | losses.image_text(
         rows["zimg"], rows["ztxt"], scale, config.loss, mesh,
         zneg_BxD=rows.get("zneg"), neg_mask_B=batch.get("neg_mask"),
         bias=params.get("logit_bias"), hni_scale=None if own is None else jnp.exp(own),
-        weight_B=weight_B,
     )  # fmt: skip
     if config.loss.tag:
-        mask_B = rows["tag_mask"] if weight_B is None else rows["tag_mask"] * weight_B
-        metrics["loss/tag"] = losses.masked_mean(rows["tag_loss"], mask_B)
-        metrics["tag_recall"] = losses.masked_mean(rows["tag_recall"], mask_B)
+        metrics["loss/tag"] = losses.masked_mean(rows["tag_loss"], rows["tag_mask"])
+        metrics["tag_recall"] = losses.masked_mean(rows["tag_recall"], rows["tag_mask"])
     loss = sum(
         getattr(config.loss, part) * metrics[f"loss/{part}"]
         for part in ("contrastive", "hni", "tag")
@@ -217,6 +213,7 @@ def make_train_step(
         grads, metrics = jax.grad(of_params, has_aux=True)(state.params)
         for tower in ("visual", "text"):
             metrics[f"grad_norm/{tower}"] = optax.global_norm(grads[tower])
+        metrics["grad_norm"] = optax.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         for name in ("logit_scale", "hni_logit_scale"):
@@ -226,7 +223,7 @@ def make_train_step(
         ema = state.ema and jax.tree.map(
             lambda old, new: optim.ema * old + (1 - optim.ema) * new, state.ema, params
         )
-        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(grads))
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (params, opt_state, ema),

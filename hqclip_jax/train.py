@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from hqclip_jax.data.record import DatasetError
 from hqclip_jax.data.tags import TagVocabulary
 from hqclip_jax.data.tokenizer import ClipTokenizer
 from hqclip_jax.optim import make_tx, warmup_cosine
-from hqclip_jax.sharding import batch_sharding, bytes_per_device, make_mesh
+from hqclip_jax.sharding import batch_sharding, bytes_per_device, make_mesh, reader
 from hqclip_jax.step import Metrics, TrainState, init_state, make_train_step
 from hqclip_jax.telemetry import (
     MetricWriter,
@@ -45,6 +46,7 @@ from hqclip_jax.telemetry import (
 
 log = logging.getLogger("hqclip_jax.train")
 
+WATCHED_LATE = 4  # steps after which one is looked at for skipped updates
 SOURCE = "train"  # the name of the one data source in a checkpoint's position
 
 
@@ -131,6 +133,7 @@ class Report:
     flops: float  # of one step
     watch: Stopwatch = field(default_factory=Stopwatch)
     due: tuple[int, Metrics] | None = None
+    _watched: deque[tuple[int, Metrics]] = field(default_factory=deque)
     _last: tuple[int, float] | None = None
 
     def start(self, step: int) -> None:
@@ -138,12 +141,26 @@ class Report:
         self._last = (step, time.monotonic())
         self.watch.take("data")
 
-    def flush(self) -> None:
-        """Writes the metrics that are due, if any.
+    def guard(self, step: int, metrics: Metrics | None = None) -> None:
+        """Looks at every step, once it is a few behind, so that nothing waits for it; without
+        metrics, at all that are left.
 
         Raises:
             FloatingPointError: too many updates in a row were skipped.
         """
+        if metrics:
+            self._watched.append((step, {name: metrics[name] for name in ("streak", "loss")}))
+        while len(self._watched) > (WATCHED_LATE if metrics else 0):
+            step, late = self._watched.popleft()
+            if late["streak"] >= self.config.optim.max_skipped:
+                raise FloatingPointError(
+                    f"the last {late['streak']} updates up to step {step} were skipped: the loss "
+                    f"({late['loss']}) or a gradient is no number. The parameters are those "
+                    "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
+                )
+
+    def flush(self) -> None:
+        """Writes the metrics that are due, if any."""
         if self.due is None:
             return
         step, fetched = self.due[0], jax.device_get(self.due[1])
@@ -167,12 +184,6 @@ class Report:
         if self.writer:
             self.writer.write(step, metrics)
             self.progress.report(step, metrics)
-        if metrics["streak"] >= self.config.optim.max_skipped:
-            raise FloatingPointError(
-                f"the last {metrics['streak']:.0f} updates up to step {step} were skipped: the "
-                f"loss ({metrics['loss']}) or a gradient is no number. The parameters are those "
-                "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
-            )
 
 
 def train(config: Config, workdir: Path, console: Console) -> int:
@@ -218,7 +229,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
         info = RunInfo(config, {SOURCE: consumed}, tags, tokenizer.name, spent)
         checkpoints.save(step, state, info)
 
-    batches = pipeline.batches(position, jax.process_index(), jax.process_count())
+    batches = pipeline.batches(position, *reader(mesh))
     sharding = batch_sharding(mesh)
     step = start
     try:
@@ -228,10 +239,11 @@ def train(config: Config, workdir: Path, console: Console) -> int:
             report = Report(config, pipeline, writer, progress, lr, flops)
             while step < total and not stop.number:
                 with report.watch("data"):
-                    batch = to_device(next(batches), sharding)
+                    batch = to_device(next(batches), sharding, config.optim.batch)
                 state, metrics = train_step(state, batch)
                 report.flush()
                 step += 1
+                report.guard(step, metrics)
                 progress.advance(step)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
@@ -241,6 +253,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
                 if step % save_every == 0 and step < total:
                     save(step, state)
             report.flush()
+            report.guard(step)
         if step > start:
             save(step, state)
     finally:

@@ -150,6 +150,16 @@ def test_sizes_of_zero_are_the_architecture_s_own():
         ("model.patch_dropout", "1.0", "model.patch_dropout=1.0 is not a share"),
         ("optim.ema", "-0.1", "optim.ema=-0.1 is not a share"),
         ("optim.micro_batches", "0", "optim.micro_batches=0 must be above 0"),
+        ("optim.clip_norm", "-1", "optim.clip_norm=-1.0 must not be below 0"),
+        ("loss.tag", "nan", "loss.tag=nan must not be below 0"),
+        ("optim.beta2", "1", "optim.beta2=1.0 is not a share"),
+        (
+            "mesh.tensor",
+            "8",
+            "mesh.tensor=8 does not divide the 12 and 8 attention heads of the "
+            "image and text tower of model.arch='ViT-B/32': take one of 1, 2, 4",
+        ),
+        ("mesh.fsdp", "3", "mesh.fsdp=3 does not divide the 768 and 512 features"),
     ],
 )
 def test_new_fields_are_checked(field, value, message):

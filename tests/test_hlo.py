@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 
 from hqclip_jax.config import MeshConfig
-from hqclip_jax.hlo import collectives, estimated_cycles
+from hqclip_jax.hlo import BETWEEN_SLICES, collectives, estimated_cycles
 from hqclip_jax.sharding import P, make_mesh
 
 # A loop of 5 turns that gathers 8 × 16 bf16 and permutes asynchronously, a sum of two arrays after
-# it, and one collective that the compiler has woven into two fusions under one channel.
+# it, and one collective that the compiler has woven into two fusions under one channel. Then sums
+# scattered over two devices, and what is left of them over the other two; and what two slices send.
+# ruff: noqa: E501
 PROGRAM = """\
 HloModule jit_step
 
@@ -17,7 +19,7 @@ HloModule jit_step
 
 %body.1 (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %g = bf16[8,16]{1,0} all-gather(%x), channel_id=1, dimensions={0}
-  %s = (f32[4]{0}, f32[4]{0}) collective-permute-start(%y), channel_id=2
+  %s = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=2
   %d = f32[4]{0} collective-permute-done(%s)
   %q = bf16[3]{0} collective-permute(%y), channel_id=2
 }
@@ -40,16 +42,22 @@ ENTRY %main (p: f32[2]) -> f32[] {
   %f2 = f32[4]{0} fusion(%p), kind=kCustom, calls=%fused.2
   %f3 = f32[5]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %sum = (f32[3]{0}, bf16[2]{0}) all-reduce(%f1, %f2), channel_id=5, to_apply=%add
+  %as = ((bf16[2]{0}, f32[1]{0}), (bf16[8]{0}, f32[4]{0})) all-gather-start(%f1, %f2), channel_id=6
+  %s1 = f32[6]{0} reduce-scatter(%f1), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %s2 = f32[3]{0} reduce-scatter(%s1), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0)
+  %out = (f32[6]{0}, u32[], token[]) send(%s1, %t), channel_id=8, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %in = (f32[6]{0}, u32[], token[]) recv(%t), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """
 
 
 def test_loops_count_as_often_as_they_run_and_woven_collectives_once():
     assert collectives(PROGRAM) == {
-        "all-gather": (5 + 1, 5 * 8 * 16 * 2 + 4 * 4),
+        "all-gather": (5 + 1 + 1, 5 * 8 * 16 * 2 + 4 * 4 + 8 * 2 + 4 * 4),
         "collective-permute": (5 + 5, 5 * (4 * 4 + 3 * 2)),
-        "reduce-scatter": (1, 10 * 4),
+        "reduce-scatter": (1 + 2, 10 * 4 + 2 * 6 * 4 + 2 * 3 * 4),
         "all-reduce": (1, 3 * 4 + 2 * 2),
+        BETWEEN_SLICES: (1, 6 * 4),
     }
 
 

@@ -249,6 +249,9 @@ def test_recall_is_the_share_of_tags_among_as_many_highest_logits():
     ids = np.array([[0, 3, -1], [2, -1, -1]], np.int32)
     # First image: 0 is among the two highest, 3 is not. Second: its one tag is the highest.
     assert mean_tags(logits, ids)[1] == pytest.approx(0.75)
+    # Of a head that has collapsed nothing is found, and tags that tie with one another are.
+    assert mean_tags(jnp.zeros((2, V)), ids)[1] == 0
+    assert mean_tags(logits.at[0, 3].set(5), ids)[1] == 1
 
 
 def test_losses_are_computed_in_f32_whatever_the_head_computes_in():

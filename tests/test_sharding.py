@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from hqclip_jax.sharding import (
     bytes_per_device,
     gathered,
     make_mesh,
+    reader,
     replicated,
     rows_split,
     tree_shardings,
@@ -32,6 +35,41 @@ def test_batch_that_does_not_split_is_refused_with_one_that_does():
         make_mesh(MeshConfig(), batch=12)
     with pytest.raises(ConfigError, match=r"try 8$"):
         make_mesh(MeshConfig(), batch=3)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Of another process, perhaps; what a mesh needs of one."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = ""
+
+
+@pytest.mark.parametrize(
+    ("per_process", "tensor", "expected"),
+    [(1, 1, (0, 8)), (4, 2, (0, 2)), (4, 4, (0, 2)), (1, 2, (0, 4)), (2, 8, (0, 1))],
+)
+def test_processes_that_share_layers_read_the_same_rows(per_process, tensor, expected, monkeypatch):
+    devices = [Device(i, i // per_process) for i in range(8)]
+    mesh = make_mesh(MeshConfig(tensor=tensor), 8, devices)
+    assert reader(mesh) == expected
+    monkeypatch.setattr(jax, "process_index", lambda: 7 // per_process)
+    assert reader(mesh) == (expected[1] - 1, expected[1])
+
+
+def test_a_mesh_that_splits_rows_unevenly_among_processes_is_refused():
+    devices = [Device(i, i // 3) for i in range(6)]
+    with pytest.raises(ConfigError, match=r"mesh\.tensor=2 shares the rows .* among 2 processes"):
+        reader(make_mesh(MeshConfig(tensor=2), 6, devices))
+
+
+def test_on_gpus_a_copy_may_span_nodes():
+    devices = [Device(i, i // 4, slice_index=i // 4) for i in range(8)]
+    mesh = make_mesh(MeshConfig(fsdp=8), 8, devices)
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 def test_rules_split_parameters_and_their_moments_alike():

@@ -14,6 +14,7 @@ import pytest
 
 from hqclip_jax import train as train_lib
 from hqclip_jax.checkpoint import Checkpoints, restore_model
+from hqclip_jax.config import Config, OptimConfig, validate
 from hqclip_jax.telemetry import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +136,7 @@ def test_a_finished_run_started_again_does_nothing(dataset, unbroken, tmp_path):
 
 
 def test_another_mesh_trains_alike(dataset, unbroken, tmp_path):
-    mesh = {"mesh.fsdp": 2, "mesh.tensor": 4}
+    mesh = {"mesh.fsdp": 4, "mesh.tensor": 2}
     assert train_lib.main(arguments(dataset, tmp_path, "2 steps", **mesh)) == 0
     # Only the first step: the learning rate of the second depends on the run's length.
     found, expected = read_metrics(tmp_path)[0], read_metrics(unbroken)[0]
@@ -189,11 +190,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(dataset
     assert train_lib.main(command) == 1
     error = capsys.readouterr().err
     assert re.search(r"the last 3 updates up to step \d were skipped.*Lower optim\.lr", error)
-    rows = read_metrics(tmp_path)
-    assert [row["streak"] for row in rows][-1] == 3
+    assert read_metrics(tmp_path)[-1]["streak"] >= 3
     # What was saved since is sound: no skipped update is in it.
     params = restore_model(tmp_path).params
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_skipped_updates_between_two_reports_stop_the_run_too():
+    config = validate(Config(optim=OptimConfig(max_skipped=2)))
+    report = train_lib.Report(config, None, None, None, None, 0.0)
+    streaks = [0, 1, 2, 0, 0, 0, 0]
+    with pytest.raises(FloatingPointError, match="the last 2 updates up to step 3 were skipped"):
+        for step, streak in enumerate(streaks, 1):
+            report.guard(step, {"streak": np.int32(streak), "loss": np.float32(1)})
+    assert step == 3 + train_lib.WATCHED_LATE
+    report.guard(8, {"streak": np.int32(2), "loss": np.float32(1)})
+    with pytest.raises(FloatingPointError, match="up to step 8"):
+        report.guard(9)
 
 
 def test_help_shows_every_field(capsys):
@@ -205,8 +218,10 @@ def test_help_shows_every_field(capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(dataset, tmp_path):
+@pytest.mark.parametrize("tensor", [1, 2], ids=["rows apart", "the same rows, layers shared"])
+def test_two_processes_equal_one(dataset, tmp_path, tensor):
     """Two real processes over loopback, started as Slurm would; then one with two devices."""
+    mesh = {"mesh.fsdp": 1, "mesh.tensor": tensor}
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -219,7 +234,7 @@ def test_two_processes_equal_one(dataset, tmp_path):
         "SLURM_LOCALID": "0",
     }
     command = [sys.executable, "-m", "hqclip_jax.train", "--distributed"]
-    command += arguments(dataset, tmp_path / "two", "4 steps", **{"mesh.fsdp": 1})
+    command += arguments(dataset, tmp_path / "two", "4 steps", **mesh)
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
@@ -231,7 +246,7 @@ def test_two_processes_equal_one(dataset, tmp_path):
         _, error = rank.communicate(timeout=400)
         assert rank.returncode == 0, error[-3000:]
     one = [sys.executable, "-m", "hqclip_jax.train"]
-    one += arguments(dataset, tmp_path / "one", "4 steps", **{"mesh.fsdp": 1})
+    one += arguments(dataset, tmp_path / "one", "4 steps", **mesh)
     two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     subprocess.run(one, cwd=ROOT, check=True, env=two_devices, timeout=400)
     found, expected = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")

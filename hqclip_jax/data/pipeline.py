@@ -200,6 +200,9 @@ class Pipeline:
     def batches(self, start: int, host: int = 0, hosts: int = 1) -> Iterator[NumpyBatch]:
         """This host's rows of every batch from `start` consumed records on, without end.
 
+        Args:
+            host: which of the `hosts` shares of a batch, as `sharding.reader` has them.
+
         Yields:
             `uid` S32 [b], `image` uint8 [b, s, s, 3], `text` int32 [b, L]; with HNI `neg_text`
             int32 [b, L] and `neg_mask` f32 [b]; with a vocabulary `tag_ids` int32 [b, T].
@@ -230,10 +233,10 @@ class Pipeline:
         return {name: long[name] / max(seen[name], 1) for name in seen}
 
 
-def to_device(batch: NumpyBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This host's rows as part of the global arrays; uids stay on the host."""
+def to_device(batch: NumpyBatch, sharding: NamedSharding, rows: int) -> dict[str, jax.Array]:
+    """This host's rows as part of global arrays of `rows`; uids stay on the host."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
         for name, array in batch.items()
         if name != "uid"
     }

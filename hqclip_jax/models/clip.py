@@ -51,7 +51,12 @@ class CLIP(nnx.Module):
         self.hni_logit_scale = nnx.Param(jnp.float32(INITIAL_LOGIT_SCALE)) if own else None
         self.tags_from_projected = loss.tag_input == "projected"
         width = arch.embed_dim if self.tags_from_projected else arch.vision.width
-        self.tag_head = nnx.Linear(width, num_tags, dtype=dtype, rngs=rngs) if num_tags else None
+        # Sums of bf16 products are f32 anyway; rounded, many of thousands of logits would be equal.
+        self.tag_head = (
+            nnx.Linear(width, num_tags, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
+            if num_tags
+            else None
+        )
 
     @staticmethod
     def _projection(width: int, out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -75,7 +80,7 @@ class CLIP(nnx.Module):
         if self.tag_head is None:
             return normalise(projected), None
         tag_logits = self.tag_head(projected if self.tags_from_projected else pooled)
-        return normalise(projected), tag_logits.astype(jnp.float32)
+        return normalise(projected), tag_logits
 
     def encode_text(self, text_BxL: jax.Array) -> jax.Array:
         """ztxt f32 [B, D], unit length, of int32 token ids [B, L]."""

@@ -1,5 +1,7 @@
 """The TPU's kernels: their numbers by interpretation, and that real TPUs' compiler takes them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 
 from hqclip_jax.config import MeshConfig
 from hqclip_jax.hardware import topology_devices
+from hqclip_jax.models import attention as attention_lib
 from hqclip_jax.models.attention import attention
-from hqclip_jax.models.tpu_attention import fused_attention, supports
-from hqclip_jax.sharding import P, make_mesh
+from hqclip_jax.models.tpu_attention import MAX_TOKENS, fused_attention, supports
+from hqclip_jax.sharding import P, batch_sharding, make_mesh
 
 
 def plain(qkv_3xBxLxD, heads, causal):
@@ -56,6 +59,36 @@ def test_scores_of_any_size_are_finite_and_bf16_stays_near_f32():
         assert np.abs(np.float32(x) - y).max() <= 0.02 * np.abs(y).max()
 
 
+def test_on_a_mesh_each_device_has_its_rows_and_heads(monkeypatch):
+    """What a TPU would run, interpreted on the devices at hand."""
+    heads, mesh = 4, make_mesh(MeshConfig(fsdp=2, tensor=2), 8)
+    rng = np.random.default_rng(0)
+    qkv_BxLx3xD = rng.normal(size=(8, 9, 3, 256)).astype(np.float32)
+    do = rng.normal(size=(8, 9, 256)).astype(np.float32)
+
+    def ours(qkv):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention(qkv, heads, causal=True)
+
+    expected = value_and_gradient(
+        lambda x: plain(jnp.moveaxis(x, 2, 0), heads, True), qkv_BxLx3xD, do
+    )
+    interpreted = []
+
+    def interpret(qkv_3xbxLxd, heads, causal):
+        interpreted.append((qkv_3xbxLxd.shape, heads))
+        return fused_attention(qkv_3xbxLxd, heads, causal, True)
+
+    monkeypatch.setattr(attention_lib, "target", lambda: ("tpu", 2))
+    monkeypatch.setattr(attention_lib, "is_fused", lambda *_: True)
+    monkeypatch.setattr(attention_lib, "tpu_attention", SimpleNamespace(fused_attention=interpret))
+    on_mesh = jax.device_put((qkv_BxLx3xD, do), batch_sharding(mesh))
+    found = jax.jit(lambda qkv, do: value_and_gradient(ours, qkv, do))(*on_mesh)
+    assert interpreted == [((3, 2, 9, 128), 2)]
+    for x, y in zip(found, expected):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tokens", "width", "heads", "dtype"),
     [
@@ -75,7 +108,7 @@ def test_what_does_not_fit_the_chip_is_left_to_xla(tokens, width, heads, dtype):
     [
         ("v5e:2x2", MeshConfig(), 257, 1024, 16),
         ("v5e:2x2", MeshConfig(tensor=2), 77, 768, 12),
-        ("v4:2x2x1", MeshConfig(fsdp=2), 577, 1024, 16),
+        ("v4:2x2x1", MeshConfig(fsdp=2), MAX_TOKENS, 1024, 16),
         ("v5p:2x2x1", MeshConfig(), 37, 1664, 26),
     ],
 )
