@@ -1,17 +1,16 @@
 """How fast is a training step, next to OpenCLIP's on the same machine?
 
     python -m bench.step [--arch=ViT-B/32] [--batch=32] [--dtype=float32] [--steps=1] [--repeats=5]
-                         [--alone]
 
 A step is forward, loss, backward and AdamW on a batch that is on the device. The equal work is the
 contrastive loss alone: there the two sides, each a process of its own, take turns, `--steps` at a
-time, so that what else the machine does hits both alike; `--alone`, where memory can't hold both,
-one runs after the other. So does the row with all losses (HNI and tags over 10,000 classes), which
-has no peer. Figures are medians over the turns. Prints, last, one JSON object; `mfu` is of the
-chip's bf16 peak, and null on a CPU.
+time, so that what else the machine does hits both alike. The row with all losses (HNI and tags over
+10,000 classes) has no peer and runs afterwards, in the memory that they leave. Figures are medians
+over the turns. Prints, last, one JSON object; `mfu` is of the chip's bf16 peak, null on a CPU.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import multiprocessing
@@ -134,15 +133,28 @@ ENVIRONMENT = {
 }
 
 
+def _leave_room_for_small_blocks() -> None:
+    """Half a GiB of free memory. Small blocks that outlive a step go where they fit best: without,
+    into the gigabytes that its temporaries leave, which then don't fit there again and take as much
+    once more."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    block, _fence = libc.malloc(2**29), libc.malloc(64)
+    libc.free(block)
+
+
 def row(build: Callable[[Config], Run], config: Config, steps: int, turns: Connection) -> None:
     """One row, in its own process: says on which chip when it is warm, or why it can't run, and
     then, at every turn that it is given, the seconds of a step."""
+    _leave_room_for_small_blocks()
     try:
         run = build(config)
     except ModuleNotFoundError as e:
         turns.send(e)
         return
-    run(3)  # the allocator takes a few steps to settle
+    for _ in range(3):  # the allocator takes a few steps to settle
+        run(1)  # on a CPU each step under way takes its memory, so one at a time
     turns.send(chip_of(jax.devices()[0]))
     while turns.recv():
         started = time.perf_counter()
@@ -150,60 +162,66 @@ def row(build: Callable[[Config], Run], config: Config, steps: int, turns: Conne
         turns.send((time.perf_counter() - started) / steps)
 
 
-def _answer(name: str, turns: Connection) -> Any:
+def _ask(turns: Connection, question: bool | None = None) -> Any:
+    """What a row's process says, which is an error where it can't run or has died."""
     try:
+        if question is not None:
+            turns.send(question)
         return turns.recv()
-    except (EOFError, ConnectionError):
-        raise SystemExit(f"{name}: its process died; a smaller --batch takes less memory") from None
+    except (EOFError, OSError):
+        return MemoryError("its process died; a smaller --batch takes less memory")
 
 
 def measure(
     rows: dict[str, tuple[Callable[[Config], Run], Config]], steps: int, repeats: int
 ) -> tuple[Chip | None, dict[str, list[float]]]:
     """The chip, where it is known, and the seconds a step of each row that can run, by turn."""
-    context, running, chip = multiprocessing.get_context("spawn"), {}, None
-    processes = []
+    context, chip = multiprocessing.get_context("spawn"), None
+    running: dict[str, Connection] = {}
+    seconds: dict[str, list[float]] = {}
     for name, (build, config) in rows.items():
         started = time.perf_counter()
-        turns, theirs = context.Pipe()
-        process = context.Process(target=row, args=(build, config, steps, theirs), daemon=True)
-        process.start()
-        processes.append(process)
+        running[name], theirs = context.Pipe()
+        context.Process(target=row, args=(build, config, steps, theirs), daemon=True).start()
         theirs.close()  # so that the end of that process is seen here
-        said = _answer(name, turns)
+        said = _ask(running[name])
         if isinstance(said, Exception):
-            print(f"No {name}: {said}")
+            print(f"No {name}: {said}", flush=True)
+            del running[name]
             continue
-        chip, running[name] = said, turns
+        chip, seconds[name] = said, []
         print(f"{name}: compiled and warm after {time.perf_counter() - started:.0f} s", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
-        for name, turns in running.items():
-            turns.send(True)
-            seconds[name].append(_answer(name, turns))
-            print(f"{name}: {seconds[name][-1]:.2f} s a step", flush=True)
+        for name, turns in list(running.items()):
+            said = _ask(turns, True)
+            if isinstance(said, Exception):
+                print(f"No {name}: {said}", flush=True)
+                del running[name], seconds[name]
+                continue
+            seconds[name].append(said)
+            print(f"{name}: {said:.2f} s a step", flush=True)
     for turns in running.values():
-        turns.send(False)
-    for process in processes:
-        process.join()  # the next may need its memory
+        _ask(turns, False)  # and wait for its end: the next may need its memory
     return chip, seconds
 
 
 def figures_of(config: Config, chip: Chip | None, seconds: dict[str, list[float]]) -> dict:
-    """What the last line says."""
+    """What the last line says; null for what could not run."""
     batch = config.optim.batch
     per_s = {name: batch / statistics.median(times) for name, times in seconds.items()}
-    theirs = per_s.get("OpenCLIP")
+    ours, theirs, full = (per_s.get(name) for name in ("ours", "OpenCLIP", "ours, all losses"))
 
     def mfu(name: str, config: Config) -> float | None:
         flops = sum(step_flops(config, TAGS if config.loss.tag else 0).values())
-        return chip and round(flops * per_s[name] / batch / chip.peak, 4)
+        if chip is None or name not in per_s:
+            return None
+        return round(flops * per_s[name] / batch / chip.peak, 4)
 
     return {
-        "ratio_to_openclip": theirs and round(per_s["ours"] / theirs, 3),
-        "images_per_s": round(per_s["ours"], 2),
+        "ratio_to_openclip": ours and theirs and round(ours / theirs, 3),
+        "images_per_s": ours and round(ours, 2),
         "images_per_s_openclip": theirs and round(theirs, 2),
-        "images_per_s_full_loss": round(per_s["ours, all losses"], 2),
+        "images_per_s_full_loss": full and round(full, 2),
         "mfu": mfu("ours", contrastive_only(config)),
         "mfu_full_loss": mfu("ours, all losses", config),
     }
@@ -223,7 +241,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, default=1, help="of a row before the next has a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns that each row has")
-    parser.add_argument("--alone", action="store_true", help="the sides don't take turns")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     model = ModelConfig(arch=args.arch, dtype=args.dtype)
@@ -231,9 +248,8 @@ def main() -> None:
     equal = contrastive_only(config)
     load = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {}
-    ours, theirs = {"ours": (our_step, equal)}, {"OpenCLIP": (open_clip_step, equal)}
     for rows in (
-        *([ours, theirs] if args.alone else [ours | theirs]),
+        {"ours": (our_step, equal), "OpenCLIP": (open_clip_step, equal)},
         {"ours, all losses": (our_step, config)},
     ):
         chip, more = measure(rows, args.steps, args.repeats)

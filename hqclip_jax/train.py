@@ -46,7 +46,9 @@ from hqclip_jax.telemetry import (
 
 log = logging.getLogger("hqclip_jax.train")
 
-WATCHED_LATE = 4  # steps after which one is looked at for skipped updates
+# Steps under way when one is looked at for skipped updates: enough for the device not to wait, and
+# few, as on a CPU each takes its memory when it is called.
+WATCHED_LATE = 2
 SOURCE = "train"  # the name of the one data source in a checkpoint's position
 
 
