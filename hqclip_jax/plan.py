@@ -139,7 +139,7 @@ def show(plan: Plan, console: Console) -> None:
             table.add_row(kind, f"{count:,}", f"{size / 2**20:,.1f}")
         console.print(table)
     if plan.compile_s is not None:
-        console.print(f"compiled in {plan.compile_s:.0f} s")
+        console.print(f"the compiler took {plan.compile_s:.0f} s")
     share = total / (plan.chips * plan.chip.peak * plan.step_s)
     if plan.compiler_s:
         bound = total / (plan.chips * plan.chip.peak * plan.compiler_s)

@@ -171,14 +171,17 @@ def make_plan(
     memory: dict[str, float] = {}
     sends: dict[str, tuple[int, int]] = {}
     if compile_it:
-        began = time.monotonic()
+        began, refusal = time.monotonic(), ""
         try:
             compiled = compile_step(config, mesh)
         except jax.errors.JaxRuntimeError as e:
+            refusal = str(e)
             # Of the chip's own small memory a kernel takes too much, which no setting mends.
-            if "RESOURCE_EXHAUSTED" not in str(e) or "vmem" in str(e):
+            if "RESOURCE_EXHAUSTED" not in refusal or "memory space vmem" in refusal:
                 raise
-            fits, hbm, note = False, _wanted(str(e)), f"compiler: {str(e).splitlines()[0]}"
+        compile_s = time.monotonic() - began
+        if refusal:
+            fits, hbm, note = False, _wanted(refusal), f"compiler: {refusal.splitlines()[0]}"
         else:
             stats = compiled.memory_analysis()
             memory = {
@@ -192,7 +195,6 @@ def make_plan(
             fits = hbm <= chip.hbm
             text = compiled.as_text()
             sends, compiler_s = collectives(text), estimated_cycles(text) / chip.clock
-        compile_s = time.monotonic() - began
     return Plan(
         topology if slices == 1 else f"{slices} × {topology}", chip, len(devices),
         slices_among(devices), config, dict(mesh.shape), fits, hbm, memory,
