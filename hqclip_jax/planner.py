@@ -152,8 +152,8 @@ def make_plan(
         topology: a TPU topology, or a number of GPUs such as `8xH200`, which are only counted: XLA
             can't compile for a GPU that is not there.
         mfu: share of the peak to reckon time with.
-        compile_it: without, everything is by formula, which the compiler's count was within −18 and
-            +6% of (bench/RESULTS.md).
+        compile_it: without, everything is by formula, which lies within 9% of the compiler's count
+            in bench/RESULTS.md.
         abstract: the state's shapes, where they are known from a configuration of the same model.
 
     Raises:
