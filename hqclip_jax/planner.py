@@ -213,20 +213,24 @@ def _chips(topology: str, slices: int) -> tuple[Chip, list[Any], str]:
             "of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 says otherwise"
         )
         # Only their number matters; a mesh takes any objects for devices.
-        return gpus[match[2]], [_Counted(i, i // 8) for i in range(int(match[1]) * slices)], note
+        return gpus[match[2]], [_Counted(i) for i in range(int(match[1]) * slices)], note
     devices = topology_devices(topology, slices)
     return chip_of(devices[0]), devices, ""
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """Stands for a GPU in a mesh that is only counted; the slice is its node."""
+    """Stands for a GPU in a mesh that is only counted."""
 
     id: int
-    slice_index: int
     platform: str = "gpu"
     device_kind: str = ""
     process_index: int = 0
+
+    @property
+    def slice_index(self) -> int:
+        """Its node, of eight as NVIDIA's servers have them."""
+        return self.id // 8
 
 
 def _wanted(message: str) -> float | None:
@@ -254,6 +258,10 @@ def candidates(
     limit = chip.hbm * (1.3 if compiler_decides and not note else 1)
     abstract = init_shapes(config, make_mesh(MeshConfig(), len(devices), devices))[1]
     plans: list[Plan] = []
+    refusal = ConfigError(
+        f"mesh.tensor={config.mesh.tensor} is more than the {len(devices) // slices} chips of "
+        f"--topology={topology}"
+    )
     for variant in _variants(config, len(devices) // slices):
         try:
             plans.append(make_plan(variant, topology, mfu, slices, False, abstract))

@@ -192,7 +192,8 @@ def make_train_step(
     """The jitted step. The state it is given is donated: only the returned one may be used.
 
     An update whose loss or gradient is no number is skipped: parameters, moments and average stay,
-    and `skipped` and `streak` count it.
+    and `skipped` and `streak` count it. After `optim.max_skipped` of them in a row none is made any
+    more: the run has stopped, however late its host hears of it.
     """
     arch, optim = ARCHITECTURES[config.model.arch], config.optim
 
@@ -224,6 +225,7 @@ def make_train_step(
             lambda old, new: optim.ema * old + (1 - optim.ema) * new, state.ema, params
         )
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        sound &= state.streak < optim.max_skipped
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (params, opt_state, ema),

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +45,6 @@ from hqclip_jax.telemetry import (
 
 log = logging.getLogger("hqclip_jax.train")
 
-# Steps under way when one is looked at for skipped updates: enough for the device not to wait, and
-# few, as on a CPU each takes its memory when it is called.
-WATCHED_LATE = 2
 SOURCE = "train"  # the name of the one data source in a checkpoint's position
 
 
@@ -135,7 +131,6 @@ class Report:
     flops: float  # of one step
     watch: Stopwatch = field(default_factory=Stopwatch)
     due: tuple[int, Metrics] | None = None
-    _watched: deque[tuple[int, Metrics]] = field(default_factory=deque)
     _last: tuple[int, float] | None = None
 
     def start(self, step: int) -> None:
@@ -143,26 +138,12 @@ class Report:
         self._last = (step, time.monotonic())
         self.watch.take("data")
 
-    def guard(self, step: int, metrics: Metrics | None = None) -> None:
-        """Looks at every step, once it is a few behind, so that nothing waits for it; without
-        metrics, at all that are left.
+    def flush(self) -> None:
+        """Writes the metrics that are due, if any.
 
         Raises:
-            FloatingPointError: too many updates in a row were skipped.
+            FloatingPointError: too many updates in a row were skipped, and all since.
         """
-        if metrics:
-            self._watched.append((step, {name: metrics[name] for name in ("streak", "loss")}))
-        while len(self._watched) > (WATCHED_LATE if metrics else 0):
-            step, late = self._watched.popleft()
-            if late["streak"] >= self.config.optim.max_skipped:
-                raise FloatingPointError(
-                    f"the last {late['streak']} updates up to step {step} were skipped: the loss "
-                    f"({late['loss']}) or a gradient is no number. The parameters are those "
-                    "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
-                )
-
-    def flush(self) -> None:
-        """Writes the metrics that are due, if any."""
         if self.due is None:
             return
         step, fetched = self.due[0], jax.device_get(self.due[1])
@@ -186,6 +167,12 @@ class Report:
         if self.writer:
             self.writer.write(step, metrics)
             self.progress.report(step, metrics)
+        if metrics["streak"] >= self.config.optim.max_skipped:
+            raise FloatingPointError(
+                f"the last {metrics['streak']:.0f} updates up to step {step} were skipped: the "
+                f"loss ({metrics['loss']}) or a gradient is no number. The parameters are those "
+                "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
+            )
 
 
 def train(config: Config, workdir: Path, console: Console) -> int:
@@ -215,6 +202,8 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     )
     start, position = (found, stored.position[SOURCE]) if stored else (0, 0)
     state = checkpoints.restore(start, abstract) if stored else init()
+    # A run that had stopped itself would stay so.
+    state = state._replace(streak=jax.device_put(np.int32(0), shardings.streak))
     weights = jax.numpy.asarray(tags.idf()) if tags and config.loss.tag_idf else None
     train_step = make_train_step(graphdef, tx, config, mesh, shardings, weights)
     _announce(config, workdir, pipeline, abstract, mesh, start, total)
@@ -245,7 +234,6 @@ def train(config: Config, workdir: Path, console: Console) -> int:
                 state, metrics = train_step(state, batch)
                 report.flush()
                 step += 1
-                report.guard(step, metrics)
                 progress.advance(step)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
@@ -255,7 +243,6 @@ def train(config: Config, workdir: Path, console: Console) -> int:
                 if step % save_every == 0 and step < total:
                     save(step, state)
             report.flush()
-            report.guard(step)
         if step > start:
             save(step, state)
     finally:

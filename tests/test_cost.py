@@ -38,6 +38,20 @@ def test_a_step_is_linear_in_the_batch_but_for_the_logit_matrix():
     assert many["heads"] == 1000 * 3 * 2 * (512 * (768 + 2 * 512) + 768 * 100)
 
 
+@pytest.mark.parametrize(
+    ("weights", "matrices"),
+    [
+        ({"contrastive": 1, "hni_form": "pair"}, 1), ({"contrastive": 0, "hni_form": "pair"}, 0),
+        ({"contrastive": 0, "hni_form": "own"}, 1), ({"contrastive": 0, "hni_form": "all"}, 2),
+        ({"contrastive": 1, "hni_form": "all"}, 2),
+    ],
+)  # fmt: skip
+def test_logit_matrices_count_where_they_are_made(weights, matrices):
+    loss = LossConfig(**weights)
+    config = dataclasses.replace(of("ViT-B/32"), loss=loss, optim=OptimConfig(batch=10))
+    assert step_flops(config, 100)["loss"] == matrices * 3 * 2 * 10**2 * 512
+
+
 def test_dropped_patches_shorten_the_sequence():
     assert image_tokens(of("ViT-L/14")) == 257
     assert image_tokens(of("ViT-L/14", patch_dropout=0.5)) == 129

@@ -92,6 +92,7 @@ def test_epochs_need_a_number_of_records(capsys):
         (["--topology=v9:2x2"], "write a generation"),
         (["--topology=v5e:2x2", "--config.mesh.fsdp=8"], "with mesh.replica=-1 these do"),
         (["--topology=v5e:2x2", "--config.optim.micro_batches=3"], "optim.micro_batches = 12"),
+        (["--topology=1xH200", "--search", "--config.mesh.tensor=2"], "more than the 1 chips"),
         # Of every mesh that a search would try; not a matter of memory.
         (["--topology=v5e:2x2", "--search", "--config.optim.batch=3"], "is not divisible"),
     ],
@@ -154,22 +155,31 @@ def test_what_was_found_is_ranked_by_the_compiler(capsys, monkeypatch):
 
 
 def test_what_takes_more_than_one_that_was_refused_is_not_tried(capsys, monkeypatch):
+    config = config_lib.load("configs/xlarge.py", {})
+    base = make_plan(config, "v5e:16x16", 0.4, compile_it=False)
+
+    def candidate(parts: int, gib: float) -> planner.Plan:
+        optim = dataclasses.replace(config.optim, micro_batches=parts)
+        changed = dataclasses.replace(config, optim=optim)
+        return dataclasses.replace(base, config=changed, formula_gib={"parameters": gib})
+
+    possible = [candidate(1, 10), candidate(2, 12), candidate(4, 8), candidate(8, 9)]
     tried = []
 
-    def as_compiled(config, topology, mfu, slices, compile_it):
-        plan = make_plan(config, topology, mfu, slices, False)
-        tried.append(plan.by_formula)
-        if len(tried) == 4:
+    def as_compiled(config, *_):
+        tried.append(config.optim.micro_batches)
+        if tried[-1] == 8:
             raise KeyboardInterrupt
-        refused = len(tried) == 1
-        return dataclasses.replace(plan, fits=not refused, hbm_gib=9.0, compile_s=1.0)
+        plan = candidate(config.optim.micro_batches, 0)
+        return dataclasses.replace(plan, fits=tried[-1] != 1, hbm_gib=9.0, compile_s=1.0)
 
+    monkeypatch.setattr(plan_lib, "candidates", lambda *_: possible)
     monkeypatch.setattr(plan_lib, "make_plan", as_compiled)
     question = ["--config=configs/xlarge.py", "--topology=v5e:16x16", "--search", "--json"]
     assert plan_lib.main(question) == 0
-    assert max(tried[1:]) < tried[0]
+    assert tried == [1, 4, 8]
     # What was found before Ctrl-C is not lost.
-    assert len(json.loads(capsys.readouterr().out)["plans"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["plans"]) == 1
 
 
 def test_search_by_formula_compiles_nothing(capsys, monkeypatch):

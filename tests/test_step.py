@@ -183,7 +183,7 @@ def test_memory_falls_with_the_number_of_micro_batches():
 
 
 def test_an_update_that_is_no_number_is_skipped_and_counted():
-    config = changed(optim={"ema": 0.9})
+    config = changed(optim={"ema": 0.9, "max_skipped": 3})
     mesh = make_mesh(MeshConfig(), B)
     tx = make_tx(config.optim, 1, 10)
     graphdef, _, shardings, init = init_state(config, VOCAB, TAGS, tx, mesh)
@@ -207,6 +207,13 @@ def test_an_update_that_is_no_number_is_skipped_and_counted():
     assert np.any(
         state.params["visual"]["class_embedding"] != before.params["visual"]["class_embedding"]
     )
+    before = jax.device_get(state)
+    for i, batch in enumerate((bad, bad, bad, good), 1):
+        state, metrics = train_step(state, batch)
+        assert int(metrics["streak"]) == i
+    # The third in a row has stopped it: what is sound again comes too late.
+    assert np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
 
 
 def test_the_average_follows_the_parameters():

@@ -1,5 +1,6 @@
 """The towers against plain numpy, written from OpenAI's description and not from our code."""
 
+import dataclasses
 import functools
 
 import jax
@@ -174,6 +175,13 @@ def test_compute_in_bf16_keeps_f32_parameters_and_embeddings():
     zimg, exact = (encode(c, "encode_image", IMAGES) for c in (config, CONFIG))
     assert zimg.dtype == np.float32
     assert np.sum(zimg * exact, axis=-1).min() > 0.99
+
+
+def test_tag_logits_are_not_rounded_to_the_compute_type():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    logits = encode(config, "encode_image_and_tags", IMAGES)[1]
+    assert logits.dtype == jnp.float32
+    assert np.any(logits != logits.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_tag_head_exists_only_where_it_is_asked_for():
