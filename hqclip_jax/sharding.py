@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -203,7 +204,7 @@ def gathered(params: Any, dtype: Any, stack: str = "") -> Any:
     """Parameters as a device computes with them: whole over `fsdp`, split over `tensor`.
 
     Gathered in the compute type, which halves the traffic of bf16, and called where they are used,
-    a layer at a time: its transpose scatters the gradients. Without a mesh, does nothing.
+    a layer at a time; their gradients are scattered again. Without a mesh, does nothing.
 
     Args:
         params: a tree of arrays by their names.
@@ -218,17 +219,29 @@ def gathered(params: Any, dtype: Any, stack: str = "") -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "/blocks/" in name:
             return x
-        spec = (
-            _spec(f"{stack}/{name}", (1, *x.shape), mesh)[1:]
-            if stack
-            else _spec(name, x.shape, mesh)
-        )
-        if "fsdp" not in spec:
+        if stack:
+            split = P(*_spec(f"{stack}/{name}", (1, *x.shape), mesh)[1:])
+        else:
+            split = _spec(name, x.shape, mesh)
+        if "fsdp" not in split:
             return x
-        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
+        whole = P(*(None if axis == "fsdp" else axis for axis in split))
+        return _gather(x.astype(dtype), whole, split)
 
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, split: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+# JAX's own gradient of a constraint has the same constraint: whole, on every device, and only then
+# would it be split.
+_gather.defvjp(
+    lambda x, whole, split: (_gather(x, whole, split), None),
+    lambda whole, split, _, dx: (jax.lax.with_sharding_constraint(dx, split),),
+)
 
 
 def bytes_per_device(tree: Any, mesh: Mesh) -> int:

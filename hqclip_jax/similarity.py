@@ -6,7 +6,9 @@ sees all texts, k at a time, in one of two ways:
 
     gathered   all texts are gathered once: B·D numbers per device
     ring       k texts travel from device to device with what is known of their columns, and in
-               the backward pass with their gradient; nothing of the size of the batch exists
+               the backward pass with their gradient; nothing of the size of the batch exists.
+               Where devices are in slices with a slower network between, they go round their
+               own slice first, then all at once to the next one
 
 In both the blocks of the matrix are computed again in the backward pass, and row and column sums
 come from the same block, so only one side ever travels.
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from hqclip_jax.sharding import BATCH_AXES, P
+from hqclip_jax.sharding import BATCH_AXES, P, slices_among
 
 WAYS = ("gathered", "ring")
 FORMS = ("softmax", "sigmoid")
@@ -111,7 +113,9 @@ def logit_sums(
         for m in (image_mask_B, text_mask_B)
     )
     bias = jnp.float32(0) if bias is None else bias
-    return Sums(*_sums(_Plan(mesh, form, way, chunk), zimg_BxD, ztxt_BxD, scale, bias, *masks))
+    slices = slices_among(list(mesh.devices.flat))
+    plan = _Plan(mesh, form, way, chunk, slices if devices % slices == 0 else 1)
+    return Sums(*_sums(plan, zimg_BxD, ztxt_BxD, scale, bias, *masks))
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class _Plan:
     form: str
     way: str
     chunk: int
+    slices: int  # that the devices of a ring are in, one after the other
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -294,24 +299,38 @@ def _visit_all(
         the sums over this device's rows and over its own texts' columns.
     """
     if plan.way == "ring":
-        return _ring(visit, rows, texts, columns, plan.chunk)
+        return _ring(visit, rows, texts, columns, plan.chunk, plan.slices)
     rows, columns = _gathered(visit, rows, texts, columns, plan.chunk)
     return rows, combine(columns)
 
 
-def _ring(visit: Visit, rows: Any, texts: _Texts, columns: Any, chunk: int) -> tuple[Any, Any]:
+def _ring(
+    visit: Visit, rows: Any, texts: _Texts, columns: Any, chunk: int, slices: int
+) -> tuple[Any, Any]:
     """Each device's texts and columns, `chunk` at a time, pass all devices and come home."""
     devices = lax.axis_size(BATCH_AXES)
-    onwards = [(i, (i + 1) % devices) for i in range(devices)]
+    within = devices // slices
+    next_device = [(i, i - i % within + (i + 1) % within) for i in range(devices)]
+    next_slice = [(i, (i + within) % devices) for i in range(devices)]
 
-    def round_trip(rows: Any, texts: _Texts, columns: Any) -> tuple[Any, Any]:
-        def hop(_: int, state: tuple) -> tuple:
-            rows, texts, columns = state
-            rows, columns = visit(rows, texts, columns)
-            send = partial(lax.ppermute, axis_name=BATCH_AXES, perm=onwards)
-            return rows, *jax.tree.map(send, (texts, columns))
+    def send(to: list[tuple[int, int]], *travellers: Any) -> Any:
+        return jax.tree.map(lambda x: lax.ppermute(x, BATCH_AXES, to), travellers)
 
-        rows, _, columns = lax.fori_loop(0, devices, hop, (rows, texts, columns))
+    def hop(_: int, state: tuple) -> tuple:
+        rows, texts, columns = state
+        rows, columns = visit(rows, texts, columns)
+        return rows, *send(next_device, texts, columns)
+
+    def tour(_: int, state: tuple) -> tuple:
+        rows, texts, columns = lax.fori_loop(0, within, hop, state)
+        # One wait for the slower network in a tour, not one in each hop.
+        return rows, *send(next_slice, texts, columns)
+
+    def round_trip(*state: Any) -> tuple[Any, Any]:
+        if slices == 1:
+            rows, _, columns = lax.fori_loop(0, within, hop, state)
+        else:
+            rows, _, columns = lax.fori_loop(0, slices, tour, state)
         return rows, columns
 
     return _over_chunks(round_trip, rows, texts, columns, chunk)

@@ -4,10 +4,12 @@ import os
 import tempfile
 
 # Before anything imports JAX; subprocesses inherit all. Tests compile much and compute little, so
-# the code need not be optimised. Eight devices on two busy cores may keep one another waiting for
-# longer than the 40 s after which XLA aborts the process.
+# the code need not be optimised, nor come from the emitters that take twice as long over it. Eight
+# devices on two busy cores may keep one another waiting for longer than the 40 s after which XLA
+# aborts the process.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,27 @@ def test_the_ring_gathers_nothing_and_no_way_moves_all_to_all():
     assert "all-to-all" not in ring + gathered
     # The gathered texts are of the size of the batch, the logits of no device are.
     assert f"f32[{B},{B}]" not in ring + gathered
+
+
+@pytest.mark.parametrize("slices", (2, 4, 8))
+def test_the_ring_goes_round_each_slice_and_crosses_between_them_apart(slices, monkeypatch):
+    monkeypatch.setattr("hqclip_jax.similarity.slices_among", lambda devices: slices)
+    mesh, mask = mesh_of("8 devices, fsdp and tensor" if slices == 2 else "8 devices"), jnp.ones(B)
+    z = embeddings(5, 6)
+    sums_of = lambda *x: logit_sums(*x[:3], mesh, bias=x[3], way="ring")
+    found = gradients(sums_of, mask, mask)(*z, SCALE, BIAS)
+    whole = lambda *x: reference(*x, "softmax", mask, mask)
+    assert_close(found, gradients(whole, mask, mask)(*z, SCALE, BIAS))
+
+    text = compiled("ring", "8 devices", B).as_text()
+    within = 8 // slices
+    kinds = set()
+    for pairs in re.findall(r"source_target_pairs=\{(.*?)\}\}", text):
+        ends = [tuple(map(int, p)) for p in re.findall(r"(\d+),(\d+)", pairs)]
+        kinds.add(tuple(a // within == b // within for a, b in ends))
+    # Either every device sends to its own slice or every one to another.
+    assert kinds <= {(True,) * 8, (False,) * 8}
+    assert (False,) * 8 in kinds
 
 
 @pytest.mark.parametrize("way", WAYS)
