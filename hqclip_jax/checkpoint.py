@@ -152,7 +152,7 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path) -> None:
-    """Refuses to continue another model.
+    """Refuses to continue another model, or with another batch.
 
     Raises:
         CheckpointError: names the fields that disagree.
@@ -161,8 +161,12 @@ def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path
     # These change speed and memory, not the parameters.
     free = ("dtype", "remat", "unroll", "patch_dropout")
     pairs = [(f"model.{k}", theirs[k], ours[k]) for k in ours if k not in free]
-    for k in ("contrastive_form", "hni_scale", "tag_input"):
+    for k in ("contrastive_form", "tag_input"):
         pairs.append((f"loss.{k}", getattr(stored.config.loss, k), getattr(config.loss, k)))
+    own = [bool(c.loss.hni) and c.loss.hni_scale == "own" for c in (stored.config, config)]
+    pairs.append(("loss.hni > 0 with loss.hni_scale=own", *own))
+    # Steps, which the schedule counts, would no longer be the samples that they were.
+    pairs.append(("optim.batch", stored.config.optim.batch, config.optim.batch))
     # Whether there is an average at all; its decay may change.
     pairs.append(("optim.ema > 0", stored.config.optim.ema > 0, config.optim.ema > 0))
     lines = [f"{name} is {a!r} there, {b!r} here" for name, a, b in pairs if a != b]
@@ -171,7 +175,7 @@ def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path
         lines.append(f"the tag head has {stored_tags} classes there, {num_tags} here")
     if lines:
         raise CheckpointError(
-            f"{where} holds a checkpoint of another model: {'; '.join(lines)}. Use another "
+            f"{where} holds a checkpoint of another run: {'; '.join(lines)}. Use another "
             "--workdir, or the configuration it was trained with"
         )
 

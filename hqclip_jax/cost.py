@@ -115,6 +115,9 @@ def device_memory(config: Config, abstract: Any, mesh: Mesh) -> dict[str, int]:
     tags = len(abstract.params["tag_head"]["bias"]) if "tag_head" in abstract.params else 0
     workspace = max(workspace, 3 * part * tags * 4 / mesh.shape["tensor"])
     parameters = bytes_per_device(abstract.params, mesh)
+    if model.remat == "none" and mesh.shape["fsdp"] > 1:
+        # What a layer gathered it keeps for its backward pass.
+        activations += parameters * mesh.shape["fsdp"] * itemsize / 4
     moments = bytes_per_device(abstract._replace(params=None), mesh)
     image = rows * model.image_size**2 * 3
     return {

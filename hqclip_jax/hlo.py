@@ -18,7 +18,12 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|condition)=%?([\w.\-]+)|branch_comput
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _SEND = re.compile(r" = \((.*?\]).*\) send\(.*_xla_megascale_transfer_type")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}.*?\}\}|\[\d+,(\d+)\]\S*|\{\})")
+_CHAIN = re.compile(r'chain_id="?\w+')
+# {{0,1},{2,3}}, [2,2]<=[4] or mesh['a'=2,'b'=2] {'b'}
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}(?:,\{[\d,]*\})*\}|\[\d+,(\d+)\]"
+    r"|mesh\[([^\]]*)\].*? \{('[\w',]*)\}|\{\})"
+)
 _TRIP_COUNT = re.compile(r"known_trip_count\D*(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
@@ -33,9 +38,13 @@ def _bytes(shapes: str) -> list[int]:
 
 def _group_size(groups: re.Match | None) -> int:
     """Devices that take part together; 1 where the text does not say."""
-    if groups is None or not (groups[1] or groups[2]):
+    if groups is None:
         return 1
-    return int(groups[2]) if groups[2] else groups[1].count(",") + 1
+    listed, size, mesh, axes = groups.groups()
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", axes))
+    return int(size) if size else listed.count(",") + 1 if listed else 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -105,8 +114,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     result on a device.
 
     Loops count as often as they run. A TPU compiler weaves one collective into several fusions,
-    all with its channel id: it counts once. Of several slices it does a part within each, and what
-    is left for the network between them it sends: `BETWEEN_SLICES`, on top of the parts.
+    all with its channel and chain: it counts once. Of several slices it does a part within each,
+    and what is left for the network between them it sends: `BETWEEN_SLICES`, on top of the parts.
 
     Args:
         text: `compiled.as_text()`.
@@ -133,9 +142,12 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             # The compiler's name says where a sum is scattered in the same breath.
             if "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
-            # JAX gives all its permutes one channel.
-            channel = kind != "collective-permute" and _CHANNEL.search(line)
-            key = (channel[1], groups[0] if groups else "") if channel else (f"{name}:{i}",)
+            channel, chain = _CHANNEL.search(line), _CHAIN.search(line)
+            # JAX gives all that `shard_map` sends one channel, the first.
+            if chain or (channel and channel[1] != "1" and kind != "collective-permute"):
+                key = tuple(m[0] if m else "" for m in (channel, chain, groups))
+            else:
+                key = (f"{name}:{i}",)
             seen[kind, *key] = max(seen.get((kind, *key), (0, 0)), (times, times * size))
     totals: dict[str, tuple[int, int]] = {}
     for (kind, *_), (times, size) in seen.items():

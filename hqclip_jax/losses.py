@@ -103,7 +103,7 @@ def contrastive(
 ) -> tuple[jax.Array, jax.Array]:
     """`contrastive_reference` from the diagonal of the logit matrix and its sums."""
     loss_B = (sums.rows_B + sums.columns_B) / 2 - positive_B
-    return masked_mean(loss_B, weight_B), masked_mean(positive_B > sums.rival_B, weight_B)
+    return masked_mean(loss_B, weight_B), masked_mean(sums.margin_B > 0, weight_B)
 
 
 def hni(
@@ -176,7 +176,7 @@ def image_text(
         metrics |= {"loss/contrastive": loss, "accuracy": accuracy}
     elif config.contrastive:
         metrics["loss/contrastive"] = masked_mean(sums.rows_B, mask_B)
-        metrics["accuracy"] = masked_mean(scale * cosine_B + bias > sums.rival_B, mask_B)
+        metrics["accuracy"] = masked_mean(sums.margin_B > 0, mask_B)
     if config.hni:
         hni_scale = scale if hni_scale is None else hni_scale
         negative_B = hni_scale * _cosines(zimg_BxD, zneg_BxD)

@@ -20,6 +20,7 @@ from hqclip_jax.sharding import make_mesh, slices_among
 from hqclip_jax.step import TrainState, batch_shapes, init_state, make_train_step
 
 GIB = 2**30
+GPUS_A_NODE = 8  # as NVIDIA's servers have them
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,13 @@ class Plan:
             sending = (n / rates.get(kind, chip.link) for kind, (_, n) in self.sends.items())
             return self.compiler_s + sum(sending)
         parts, fsdp = self.config.optim.micro_batches, self.mesh["fsdp"]
-        gathers = 2 + (parts > 1) + (self.config.model.remat == "full") if fsdp > 1 else 0
+        # Without remat, a layer's weights stay for the backward pass as they were gathered.
+        gathers = 1 + (self.config.model.remat != "none") + (parts > 1) if fsdp > 1 else 0
         share = self.formula_gib["parameters"] * GIB / 2
         flops = sum(self.flops.values()) + recomputed_flops(self.config, self.flops)
         seconds = flops / (self.chips * chip.peak * self.mfu)
-        copies = self.mesh["replica"] // self.slices  # of the model in a slice
+        # Of the model in a slice; none where one spans two of them.
+        copies = 0 if self.mesh["replica"] % self.slices else self.mesh["replica"] // self.slices
         seconds += share * fsdp * parts * (gathers + 2) / (chip.link if copies else chip.network)
         if copies and self.slices > 1:  # what is left of the sums, there and back
             seconds += 2 * share * parts / copies / chip.network
@@ -212,8 +215,11 @@ def _chips(topology: str, slices: int) -> tuple[Chip, list[Any], str]:
             "by formula: XLA can't compile for a GPU that is not there. JAX takes three quarters "
             "of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 says otherwise"
         )
-        # Only their number matters; a mesh takes any objects for devices.
-        return gpus[match[2]], [_Counted(i) for i in range(int(match[1]) * slices)], note
+        # Only their number and nodes matter; a mesh takes any objects for devices.
+        count, nodes = int(match[1]), -(-int(match[1]) // GPUS_A_NODE)
+        node = [i // count * nodes + i % count // GPUS_A_NODE for i in range(count * slices)]
+        counted = [_Counted(i, n) for i, n in enumerate(node)]
+        return gpus[match[2]], counted, note
     devices = topology_devices(topology, slices)
     return chip_of(devices[0]), devices, ""
 
@@ -223,14 +229,10 @@ class _Counted:
     """Stands for a GPU in a mesh that is only counted."""
 
     id: int
+    slice_index: int  # its node
     platform: str = "gpu"
     device_kind: str = ""
     process_index: int = 0
-
-    @property
-    def slice_index(self) -> int:
-        """Its node, of eight as NVIDIA's servers have them."""
-        return self.id // 8
 
 
 def _wanted(message: str) -> float | None:

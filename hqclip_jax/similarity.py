@@ -49,12 +49,13 @@ class Sums(NamedTuple):
     Attributes:
         rows_B: softmax: log Σ_j e^{l_ij}, image i against all texts. sigmoid: −Σ_j log σ(±l_ij).
         columns_B: softmax: log Σ_i e^{l_ij}, text j against all images. sigmoid: 0.
-        rival_B: max_{j≠i} l_ij, the best wrong text of image i; it has no gradient.
+        margin_B: l_ii − max_{j≠i} l_ij, of image i's own text over the best wrong one; 0 is a tie.
+            It has no gradient.
     """
 
     rows_B: jax.Array
     columns_B: jax.Array
-    rival_B: jax.Array
+    margin_B: jax.Array
 
 
 class _Images(NamedTuple):
@@ -174,21 +175,23 @@ def _device_forward(
 
     def visit(rows: tuple, texts: _Texts, columns: tuple) -> tuple[tuple, tuple]:
         l_bxk, own_bxk = _block(images, texts, scale, bias)
-        max_b, sum_b, rival_b = rows
+        max_b, sum_b, own_b, rival_b = rows
+        # Both from this product: by another one, what is equal would differ by its rounding.
+        own_b = jnp.maximum(own_b, jnp.max(jnp.where(own_bxk, l_bxk, -jnp.inf), axis=1))
         rival_b = jnp.maximum(rival_b, jnp.max(jnp.where(own_bxk, -jnp.inf, l_bxk), axis=1))
         if plan.form == "sigmoid":
             sum_b += jnp.sum(jax.nn.softplus(jnp.where(own_bxk, -l_bxk, l_bxk)), axis=1)
-            return (max_b, sum_b, rival_b), columns
-        return (*_add(max_b, sum_b, l_bxk, axis=1), rival_b), _add(*columns, l_bxk, axis=0)
+            return (max_b, sum_b, own_b, rival_b), columns
+        return (*_add(max_b, sum_b, l_bxk, axis=1), own_b, rival_b), _add(*columns, l_bxk, axis=0)
 
     low_b, zero_b = (_varying(jnp.full(len(index_b), x, jnp.float32)) for x in (-jnp.inf, 0))
     texts = _Texts(ztxt_bxD, text_mask_b, index_b)
-    (max_b, sum_b, rival_b), (column_max_b, column_sum_b) = _visit_all(
-        plan, visit, (low_b, zero_b, low_b), texts, (low_b, zero_b), _combine
+    (max_b, sum_b, own_b, rival_b), (column_max_b, column_sum_b) = _visit_all(
+        plan, visit, (low_b, zero_b, low_b, low_b), texts, (low_b, zero_b), _combine
     )
     if plan.form == "sigmoid":
-        return sum_b, zero_b, rival_b
-    return max_b + jnp.log(sum_b), column_max_b + jnp.log(column_sum_b), rival_b
+        return sum_b, zero_b, own_b - rival_b
+    return max_b + jnp.log(sum_b), column_max_b + jnp.log(column_sum_b), own_b - rival_b
 
 
 def _device_backward(

@@ -181,6 +181,20 @@ def test_a_form_of_the_losses_with_other_parameters_is_another_model():
     average = dataclasses.replace(CONFIG, optim=OptimConfig(batch=8, ema=0.9))
     with pytest.raises(CheckpointError, match=r"optim\.ema > 0 is False there, True here"):
         check_same_model(INFO, average, len(TAGS), Path("x"))
+    own = dataclasses.replace(CONFIG, loss=LossConfig(hni_scale="own"))
+    with pytest.raises(CheckpointError, match=r"loss\.hni_scale=own is False there, True here"):
+        check_same_model(INFO, own, len(TAGS), Path("x"))
+    there = dataclasses.replace(INFO, config=own)
+    without = dataclasses.replace(CONFIG, loss=LossConfig(hni_scale="own", hni=0))
+    with pytest.raises(CheckpointError, match=r"loss\.hni_scale=own is True there, False here"):
+        check_same_model(there, without, len(TAGS), Path("x"))
+    check_same_model(INFO, without, len(TAGS), Path("x"))
+
+
+def test_continuing_with_another_batch_is_refused():
+    other = dataclasses.replace(CONFIG, optim=OptimConfig(batch=16))
+    with pytest.raises(CheckpointError, match=r"optim\.batch is 8 there, 16 here"):
+        check_same_model(INFO, other, len(TAGS), Path("x"))
 
 
 def test_a_checkpoint_of_another_format_is_refused():

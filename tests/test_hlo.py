@@ -7,7 +7,8 @@ from hqclip_jax.sharding import P, make_mesh
 
 # A loop of 5 turns that gathers 8 × 16 bf16 and permutes asynchronously, a sum of two arrays after
 # it, and one collective that the compiler has woven into two fusions under one channel. Then sums
-# scattered over two devices, and what is left of them over the other two; and what two slices send.
+# scattered over two devices, and what is left of them over the other two, and over groups in other
+# notations; two alike that JAX gave one channel; and what two slices send.
 # ruff: noqa: E501
 PROGRAM = """\
 HloModule jit_step
@@ -45,6 +46,10 @@ ENTRY %main (p: f32[2]) -> f32[] {
   %as = ((bf16[2]{0}, f32[1]{0}), (bf16[8]{0}, f32[4]{0})) all-gather-start(%f1, %f2), channel_id=6
   %s1 = f32[6]{0} reduce-scatter(%f1), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
   %s2 = f32[3]{0} reduce-scatter(%s1), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0)
+  %s3 = f32[7]{0} reduce-scatter(%s1), channel_id=10, replica_groups={{0,1,2}}, to_apply=%add, frontend_attributes={{"x"}}
+  %s4 = f32[1]{0} reduce-scatter(%s1), channel_id=11, replica_groups=mesh['a'=2,'b'=4,'c'=3], device_ids=([8]T(1,0)) {'a','c'}, dimensions={0}
+  %t1 = f32[2]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}
+  %t2 = f32[2]{0} all-gather(%q), channel_id=1, replica_groups={{0,1}}
   %out = (f32[6]{0}, u32[], token[]) send(%s1, %t), channel_id=8, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %in = (f32[6]{0}, u32[], token[]) recv(%t), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
 }
@@ -53,9 +58,9 @@ ENTRY %main (p: f32[2]) -> f32[] {
 
 def test_loops_count_as_often_as_they_run_and_woven_collectives_once():
     assert collectives(PROGRAM) == {
-        "all-gather": (5 + 1 + 1, 5 * 8 * 16 * 2 + 4 * 4 + 8 * 2 + 4 * 4),
+        "all-gather": (5 + 1 + 1 + 2, 5 * 8 * 16 * 2 + 4 * 4 + 8 * 2 + 4 * 4 + 2 * 2 * 4),
         "collective-permute": (5 + 5, 5 * (4 * 4 + 3 * 2)),
-        "reduce-scatter": (1 + 2, 10 * 4 + 2 * 6 * 4 + 2 * 3 * 4),
+        "reduce-scatter": (1 + 4, 10 * 4 + 2 * 6 * 4 + 2 * 3 * 4 + 3 * 7 * 4 + 6 * 4),
         "all-reduce": (1, 3 * 4 + 2 * 2),
         BETWEEN_SLICES: (1, 6 * 4),
     }

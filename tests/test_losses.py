@@ -31,6 +31,20 @@ def mean_tags(logits, ids, *options) -> tuple[jax.Array, jax.Array]:
     return losses.masked_mean(loss_B, mask_B), losses.masked_mean(recall_B, mask_B)
 
 
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("devices", "mesh"), MESHES)
+def test_a_tie_is_wrong_however_the_towers_collapse(devices, mesh, form):
+    zimg, ztxt = embeddings(1, 2)
+    loss = LossConfig(contrastive_form=form, hni=0)
+    of = jax.jit(
+        lambda a, b: losses.image_text(a, b, SCALE, loss, mesh_of(devices, mesh), bias=BIAS)
+    )
+    assert of(zimg, ztxt[:1].repeat(B, 0))["accuracy"] == 0
+    # Pairs of equal texts: both images of each are wrong, whichever the image is nearer to.
+    assert of(ztxt, ztxt)["accuracy"] == 1
+    assert of(ztxt, ztxt.at[1].set(ztxt[0]))["accuracy"] == (B - 2) / B
+
+
 def test_contrastive_reference_on_two_pairs_by_hand():
     zimg = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     ztxt = jnp.array([[1.0, 0.0], [1.0, 0.0]])  # the second text is wrong

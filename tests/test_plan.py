@@ -216,6 +216,12 @@ def test_what_slices_send_each_other_is_found_in_the_compiled_step(capsys):
     assert found["sends"][BETWEEN_SLICES]["bytes"] > parameters / 2
 
 
+def test_small_nodes_are_nodes_too():
+    config = config_lib.load("configs/large.py", {"mesh.fsdp": "4"})
+    assert make_plan(config, "4xH200", 0.4, slices=2).slices == 2
+    assert make_plan(config, "16xH200", 0.4).slices == 2
+
+
 def test_a_copy_of_the_model_that_spans_nodes_is_reckoned_at_their_network_s_speed():
     def estimate(fsdp: int) -> float:
         config = config_lib.load("configs/large.py", {"mesh.fsdp": str(fsdp)})

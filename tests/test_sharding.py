@@ -143,6 +143,22 @@ def test_parameters_are_gathered_over_fsdp_and_stay_split_over_tensor():
     assert (found["mlp_in"]["kernel"] == kernel).all()
 
 
+def test_gradients_of_gathered_parameters_are_scattered_at_once():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), 8)
+
+    @jax.jit
+    def gradient(kernel, whole):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            use = lambda x: gathered({"mlp_in": {"kernel": x}}, jnp.bfloat16, stack="blocks")
+            return jax.vjp(use, kernel)[1]({"mlp_in": {"kernel": whole}})[0]
+
+    whole = jnp.arange(8 * 16, dtype=jnp.bfloat16).reshape(8, 16)
+    found = gradient(*jax.device_put((jnp.ones((8, 16)), whole), replicated(mesh)))
+    assert found.sharding.spec == P("fsdp", "tensor")
+    assert found.dtype == jnp.float32
+    assert (found == whole).all()
+
+
 def test_without_a_mesh_nothing_is_constrained():
     tree = {"tag_head": {"kernel": jnp.ones((4, 4))}}
     assert gathered(tree, jnp.bfloat16) is tree

@@ -37,12 +37,12 @@ def reference(zimg, ztxt, scale, bias, form, image_mask, text_mask) -> Sums:
     l_BxB = scale * jnp.matmul(zimg, ztxt.T, precision="highest") + bias
     l_BxB = l_BxB + jnp.where(image_mask, 0, -1e4)[:, None] + jnp.where(text_mask, 0, -1e4)
     eye = jnp.eye(len(zimg), dtype=bool)
-    rival_B = jnp.max(jnp.where(eye, -jnp.inf, l_BxB), axis=1)
+    margin_B = jnp.diag(l_BxB) - jnp.max(jnp.where(eye, -jnp.inf, l_BxB), axis=1)
     if form == "sigmoid":
         rows_B = jnp.sum(-jax.nn.log_sigmoid(jnp.where(eye, l_BxB, -l_BxB)), axis=1)
-        return Sums(rows_B, jnp.zeros(len(zimg)), rival_B)
+        return Sums(rows_B, jnp.zeros(len(zimg)), margin_B)
     lse = jax.nn.logsumexp
-    return Sums(lse(l_BxB, axis=1), lse(l_BxB, axis=0), rival_B)
+    return Sums(lse(l_BxB, axis=1), lse(l_BxB, axis=0), margin_B)
 
 
 def gradients(sums_of, image_mask, text_mask):
@@ -50,8 +50,8 @@ def gradients(sums_of, image_mask, text_mask):
     weigh_rows, weigh_columns = jax.random.normal(jax.random.key(9), (2, len(image_mask)))
 
     def weighed(zimg, ztxt, scale, bias):
-        rows_B, columns_B, rival_B = sums_of(zimg, ztxt, scale, bias)
-        seen = (rows_B * image_mask, columns_B * text_mask, rival_B * image_mask)
+        rows_B, columns_B, margin_B = sums_of(zimg, ztxt, scale, bias)
+        seen = (rows_B * image_mask, columns_B * text_mask, margin_B * image_mask)
         return jnp.sum(seen[0] * weigh_rows) + jnp.sum(seen[1] * weigh_columns), seen
 
     return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2, 3), has_aux=True))
