@@ -30,6 +30,8 @@ from PIL import Image
 from hqclip_jax.data import record, tags
 from hqclip_jax.data.record import Record
 
+CPU_FLAGS = os.environ["XLA_FLAGS"]  # what every test of a worker's own process is compiled with
+
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 210)}
 
 

@@ -15,6 +15,7 @@ import pytest
 from hqclip_jax import train as train_lib
 from hqclip_jax.checkpoint import Checkpoints, restore_model
 from hqclip_jax.telemetry import read_metrics
+from tests.conftest import CPU_FLAGS
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -118,7 +119,8 @@ def to_device(*args):
 train.to_device = to_device
 train.main({arguments(dataset, tmp_path, "6 steps")!r})
 """
-    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200)
+    alike = os.environ | {"XLA_FLAGS": CPU_FLAGS}  # other code would round otherwise
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=200, env=alike)
     assert killed.returncode == -signal.SIGKILL
     assert Checkpoints(tmp_path, read_only=True).latest() == 4
     assert train_lib.main(arguments(dataset, tmp_path, "6 steps")) == 0
