@@ -151,8 +151,8 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
     )
 
 
-def check_same_model(stored: RunInfo, config: Config, num_tags: int, where: Path) -> None:
-    """Refuses to continue another model, or with another batch.
+def check_same_run(stored: RunInfo, config: Config, num_tags: int, where: Path) -> None:
+    """Refuses to continue a run of another model or batch.
 
     Raises:
         CheckpointError: names the fields that disagree.

@@ -115,6 +115,7 @@ def logit_sums(
     )
     bias = jnp.float32(0) if bias is None else bias
     slices = slices_among(list(mesh.devices.flat))
+    # Where `tensor` spans several nodes, so does each place of the ring.
     plan = _Plan(mesh, form, way, chunk, slices if devices % slices == 0 else 1)
     return Sums(*_sums(plan, zimg_BxD, ztxt_BxD, scale, bias, *masks))
 
@@ -330,10 +331,7 @@ def _ring(
         return rows, *send(next_slice, texts, columns)
 
     def round_trip(*state: Any) -> tuple[Any, Any]:
-        if slices == 1:
-            rows, _, columns = lax.fori_loop(0, within, hop, state)
-        else:
-            rows, _, columns = lax.fori_loop(0, slices, tour, state)
+        rows, _, columns = lax.fori_loop(0, slices, tour, state)
         return rows, columns
 
     return _over_chunks(round_trip, rows, texts, columns, chunk)

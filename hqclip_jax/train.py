@@ -25,7 +25,7 @@ import optax
 from rich.console import Console
 
 from hqclip_jax import config as config_lib
-from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo, check_same_model
+from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo, check_same_run
 from hqclip_jax.config import Config, ConfigError
 from hqclip_jax.cost import step_flops
 from hqclip_jax.data.pipeline import Pipeline, to_device
@@ -189,7 +189,7 @@ def train(config: Config, workdir: Path, console: Console) -> int:
     tags = _vocabulary(config, stored)
     num_tags = len(tags) if tags else 0
     if stored:
-        check_same_model(stored, config, num_tags, checkpoints.directory)
+        check_same_run(stored, config, num_tags, checkpoints.directory)
     pipeline = Pipeline(config, tokenizer, tags)
     total = config.steps(config.optim.duration, pipeline.records, "optim.duration")
     warmup = config.steps(config.optim.warmup, pipeline.records, "optim.warmup")

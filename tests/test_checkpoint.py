@@ -15,7 +15,7 @@ from hqclip_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     RunInfo,
-    check_same_model,
+    check_same_run,
     restore_model,
 )
 from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig
@@ -135,11 +135,11 @@ def test_a_checkpoint_that_does_not_fit_says_why(saved, tmp_path, change, says):
 def test_continuing_another_model_is_refused_with_the_fields(tmp_path):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, image_size=32))
     with pytest.raises(CheckpointError, match=r"model\.image_size is 16 there, 32 here.*--workdir"):
-        check_same_model(INFO, other, 2, tmp_path)
+        check_same_run(INFO, other, 2, tmp_path)
     with pytest.raises(CheckpointError, match="tag head has 2 classes there, 0 here"):
-        check_same_model(INFO, CONFIG, 0, tmp_path)
+        check_same_run(INFO, CONFIG, 0, tmp_path)
     faster = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="full"))
-    check_same_model(INFO, faster, 2, tmp_path)
+    check_same_run(INFO, faster, 2, tmp_path)
 
 
 def test_only_the_latest_stay(tmp_path):
@@ -177,24 +177,24 @@ def test_a_checkpoint_without_an_average_says_so(saved):
 def test_a_form_of_the_losses_with_other_parameters_is_another_model():
     sigmoid = dataclasses.replace(CONFIG, loss=LossConfig(contrastive_form="sigmoid"))
     with pytest.raises(CheckpointError, match=r"loss\.contrastive_form is 'softmax' there"):
-        check_same_model(INFO, sigmoid, len(TAGS), Path("x"))
+        check_same_run(INFO, sigmoid, len(TAGS), Path("x"))
     average = dataclasses.replace(CONFIG, optim=OptimConfig(batch=8, ema=0.9))
     with pytest.raises(CheckpointError, match=r"optim\.ema > 0 is False there, True here"):
-        check_same_model(INFO, average, len(TAGS), Path("x"))
+        check_same_run(INFO, average, len(TAGS), Path("x"))
     own = dataclasses.replace(CONFIG, loss=LossConfig(hni_scale="own"))
     with pytest.raises(CheckpointError, match=r"loss\.hni_scale=own is False there, True here"):
-        check_same_model(INFO, own, len(TAGS), Path("x"))
+        check_same_run(INFO, own, len(TAGS), Path("x"))
     there = dataclasses.replace(INFO, config=own)
     without = dataclasses.replace(CONFIG, loss=LossConfig(hni_scale="own", hni=0))
     with pytest.raises(CheckpointError, match=r"loss\.hni_scale=own is True there, False here"):
-        check_same_model(there, without, len(TAGS), Path("x"))
-    check_same_model(INFO, without, len(TAGS), Path("x"))
+        check_same_run(there, without, len(TAGS), Path("x"))
+    check_same_run(INFO, without, len(TAGS), Path("x"))
 
 
 def test_continuing_with_another_batch_is_refused():
     other = dataclasses.replace(CONFIG, optim=OptimConfig(batch=16))
     with pytest.raises(CheckpointError, match=r"optim\.batch is 8 there, 16 here"):
-        check_same_model(INFO, other, len(TAGS), Path("x"))
+        check_same_run(INFO, other, len(TAGS), Path("x"))
 
 
 def test_a_checkpoint_of_another_format_is_refused():
