@@ -156,7 +156,7 @@ def make_plan(
             can't compile for a GPU that is not there.
         mfu: share of the peak to reckon time with.
         compile_it: without, everything is by formula, which lies within 9% of the compiler's count
-            in bench/RESULTS.md.
+            in bench/RESULTS.md, but for one of 19% less, without remat and fsdp.
         abstract: the state's shapes, where they are known from a configuration of the same model.
 
     Raises:
