@@ -31,6 +31,7 @@ from hqclip_jax.models.vision import CLIP_MEAN, CLIP_STD
 from hqclip_jax.models.zoo import ARCHITECTURES
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import batch_sharding, make_mesh
+from hqclip_jax.signals import send
 from hqclip_jax.step import Batch, init_state, make_train_step
 
 VOCAB, TAGS = 49408, 10_000
@@ -48,7 +49,10 @@ def make_batch(config: Config) -> Batch:
         ids[:, -1] = VOCAB - 1
         return ids
 
-    batch = {"image": rng.integers(0, 256, (B, size, size, 3), np.uint8), "text": texts()}
+    batch = {
+        "image": rng.integers(0, 256, (B, size, size, 3), np.uint8),
+        "text": texts(), "text_cut": np.zeros(B, np.float32), "replaced": np.zeros(B, np.int32),
+    }  # fmt: skip
     if config.loss.hni:
         batch |= {"neg_text": texts(), "neg_mask": np.ones(B, np.float32)}
     if config.loss.tag:
@@ -70,12 +74,13 @@ def our_step(config: Config) -> Run:
     )
     train_step = make_train_step(graphdef, tx, config, mesh, shardings)
     batch = jax.device_put(make_batch(config), batch_sharding(mesh))
+    signals = send(mesh)
     state = init()
 
     def run(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, _ = train_step(state, batch)
+            state, _ = train_step(state, batch, signals)
         jax.block_until_ready(state)
 
     return run

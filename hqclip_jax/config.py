@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hqclip_jax.data.text import LIST_FORMS
 from hqclip_jax.models.zoo import ARCHITECTURES
@@ -55,7 +55,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = item("", "dataset directory that `python -m refine run` wrote")
+    path: str = item(
+        "",
+        "dataset directory that `python -m refine run` wrote, local, gs:// or s3://; a mixture as "
+        "NAME:WEIGHT=DIR,NAME:WEIGHT=DIR",
+    )
     p_desc: float = item(0.5, "probability that the positive text is the description [inferred]")
     p_neg_desc: float = item(
         0.5, "probability that the negative is the negative description [inferred]"
@@ -64,9 +68,13 @@ class DataConfig:
     tag_vocabulary: int = item(10_000, "most frequent tags that the tag head knows [inferred]")
     max_tags: int = item(32, "tags kept per image")
     crop_scale: tuple[float, float] = item((0.9, 1.0), "area share of the random crop")
-    threads: int = item(8, "decoding threads per host")
-    prefetch: int = item(64, "records read ahead per host")
-    max_replaced: float = item(0.01, "share of undecodable records above which the run stops")
+    threads: int = item(8, "decoding threads per host, or per process where there are some")
+    processes: int = item(0, "decoding processes per host; 0 decodes in the trainer's own threads")
+    prefetch: int = item(2, "batches made at a time per host, or per process where there are some")
+    max_pixels: int = item(89_478_485, "pictures with more are refused before they are decoded")
+    max_replaced: float = item(0.01, "share of unreadable records above which the run stops")
+    cache: str = item("~/.cache/hqclip_jax/shards", "where shards from s3:// are kept")
+    cache_gb: float = item(200.0, "the cache's size; the shards unused for longest go first")
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,29 @@ class MeshConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: str = item("1000 steps", "between checkpoints; one is always written at the end")
+    minutes: float = item(30.0, "between checkpoints too, whichever comes first; 0 counts none")
     keep: int = item(3, "latest checkpoints that stay on disk")
+    keep_every: str = item("", "between checkpoints that stay for good, such as '10K steps'")
+    best: str = item("", "reported metric whose best checkpoint stays too, such as loss")
+    best_mode: str = item("min", "whether the lowest or the highest is best", ("min", "max"))
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every: str = item("50 steps", "between reports")
+    wandb: str = item("", "Weights & Biases project; the key comes from WANDB_API_KEY")
+    mlflow: str = item("", "MLflow experiment; its server comes from MLFLOW_TRACKING_URI")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    warn: float = item(300.0, "seconds without a step, after which the late host is named")
+    abort: float = item(3600.0, "seconds without a step, after which the process ends itself")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: str = item("", "steps to trace, as FIRST:LAST; or touch WORKDIR/profile for the next 5")
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,14 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    profile: ProfileConfig = ProfileConfig()
+    resume_from: str = item(
+        "", "another run's workdir to go on from, with its optimizer and data position"
+    )
+    init_from: str = item(
+        "", "another run's workdir, its parameters only; sizes that differ are resampled"
+    )
     seed: int = item(0, "of initialisation, order, crops and text choices")
 
     def steps(self, duration: str, records: int, name: str = "duration") -> int:
@@ -240,7 +273,8 @@ def validate(config: Config) -> Config:
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
         "optim.micro_batches": optim.micro_batches, "optim.max_skipped": optim.max_skipped,
-        "optim.eps": optim.eps,
+        "optim.eps": optim.eps, "data.max_pixels": data.max_pixels, "data.cache_gb": data.cache_gb,
+        "watchdog.warn": config.watchdog.warn, "watchdog.abort": config.watchdog.abort,
     }  # fmt: skip
     for name, value in positive.items():
         if not value > 0:
@@ -248,6 +282,7 @@ def validate(config: Config) -> Config:
     not_negative = {
         "loss.contrastive": loss.contrastive, "loss.hni": loss.hni, "loss.tag": loss.tag,
         "optim.weight_decay": optim.weight_decay, "optim.clip_norm": optim.clip_norm,
+        "data.processes": data.processes, "checkpoint.minutes": config.checkpoint.minutes,
     }  # fmt: skip
     for name, value in not_negative.items():
         if not value >= 0:
@@ -273,11 +308,70 @@ def validate(config: Config) -> Config:
             )
     if loss.tag and data.tag_vocabulary <= 0:
         raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
-    for name in ("optim.duration", "optim.warmup", "checkpoint.every", "log.every"):
+    durations = ["optim.duration", "optim.warmup", "checkpoint.every", "log.every"]
+    for name in durations + ["checkpoint.keep_every"] * bool(config.checkpoint.keep_every):
         section, key = name.split(".")
         if parse_duration(getattr(getattr(config, section), key), name)[0] <= 0 and key != "warmup":
             raise ConfigError(f"{name} must be above 0")
+    if data.path:
+        sources(data.path)
+    profile_range(config.profile.steps)
+    if config.resume_from and config.init_from:
+        raise ConfigError(
+            f"resume_from={config.resume_from!r} goes on with another run and init_from="
+            f"{config.init_from!r} begins anew with its parameters: name one of the two"
+        )
     return config
+
+
+def profile_range(steps: str) -> tuple[int, int] | None:
+    """The first and last step of `profile.steps`, None where it is empty."""
+    if not steps:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    if not match or not 0 < int(match[1]) <= int(match[2]):
+        raise ConfigError(f"profile.steps={steps!r} is not FIRST:LAST, such as 100:105")
+    return int(match[1]), int(match[2])
+
+
+class Source(NamedTuple):
+    """A data set of a mixture; without a weight it counts by its size."""
+
+    name: str
+    weight: float | None
+    path: str
+
+
+def sources(path: str) -> tuple[Source, ...]:
+    """Reads `data.path`: one directory, whose source is called "train", or NAME:WEIGHT=DIR,… with
+    or without weights. A source keeps its place in the data by its name.
+
+    Raises:
+        ConfigError: nothing named, a name twice, weights for some only or not above 0.
+    """
+    form = "write DIR, or NAME:WEIGHT=DIR,NAME:WEIGHT=DIR"
+    if not path:
+        raise ConfigError("data.path is not set: --config.data.path=DIR that `refine run` wrote")
+    if not re.match(r"[\w.-]+(:[^=/,]*)?=", path):
+        return (Source("train", None, path),)
+    found = []
+    for part in path.split(","):
+        match = re.fullmatch(r"\s*([\w.-]+)(?::([^=/,]*))?=(.+)", part)
+        if not match:
+            raise ConfigError(f"data.path: {part!r} is no source: {form}")
+        name, weight, directory = match.groups()
+        try:
+            found.append(Source(name, None if weight is None else float(weight), directory.strip()))
+        except ValueError as e:
+            raise ConfigError(f"data.path: the weight {weight!r} of {name!r} is no number") from e
+    names, weights = [s.name for s in found], [s.weight for s in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.path names a source twice: {', '.join(names)}")
+    if None in weights and any(w is not None for w in weights):
+        raise ConfigError("data.path gives weights to some sources only: give all of them, or none")
+    if any(w is not None and not 0 < w < math.inf for w in weights):
+        raise ConfigError(f"data.path: weights must be above 0, not {weights}; {form}")
+    return tuple(found)
 
 
 def _check_split(name: str, parts: int, what: str, arch: str, image: int, text: int) -> None:

@@ -187,11 +187,11 @@ def train(out: Path, settings: Settings, recipe: Recipe) -> None:
 
 def evaluate(out: Path) -> None:
     """Scores every recipe on every set, and the gallery's pictures with their own two texts."""
-    from hqclip_jax.checkpoint import restore_model
     from hqclip_jax.evals.datasets import Example
     from hqclip_jax.evals.embed import Embedder
     from hqclip_jax.evals.suite import load_suite
     from hqclip_jax.evaluate import failed, run_suite
+    from hqclip_jax.restore import restore_model
 
     shown = gallery_scenes()
     texts = [scenes.annotation(s) for s in shown]

@@ -15,11 +15,12 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hqclip_jax.checkpoint import WEIGHTS, CheckpointError, RestoredModel, restore_model
+from hqclip_jax.checkpoint import WEIGHTS, CheckpointError
 from hqclip_jax.config import ConfigError
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, EmbeddingError
 from hqclip_jax.evals.suite import Evaluator, SuiteError, known_suites, load_suite
+from hqclip_jax.restore import RestoredModel, restore_model
 from hqclip_jax.telemetry import setup_logging
 
 log = logging.getLogger("hqclip_jax.evaluate")

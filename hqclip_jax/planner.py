@@ -17,7 +17,7 @@ from hqclip_jax.hardware import CHIPS, Chip, chip_of, topology_devices
 from hqclip_jax.hlo import BETWEEN_SLICES, collectives, estimated_cycles
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import make_mesh, slices_among
-from hqclip_jax.step import TrainState, batch_shapes, init_state, make_train_step
+from hqclip_jax.step import TrainState, batch_shapes, init_state, make_train_step, signal_shapes
 
 GIB = 2**30
 GPUS_A_NODE = 8  # as NVIDIA's servers have them
@@ -138,7 +138,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     graphdef, abstract, shardings, tx = init_shapes(config, mesh)
     weights = jnp.ones(tags_of(config)) if tags_of(config) and config.loss.tag_idf else None
     step = make_train_step(graphdef, tx, config, mesh, shardings, weights)
-    return step.lower(abstract, batch_shapes(config, mesh)).compile()
+    return step.lower(abstract, batch_shapes(config, mesh), signal_shapes(mesh)).compile()
 
 
 def make_plan(

@@ -11,6 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6575; --line: #dfe3ea; --tint: #f5f7fa;
@@ -36,9 +40,15 @@ tr.quiet td { color: var(--soft); font-size: .88rem; }
 td.bar { line-height: 2; background-origin: content-box; background-repeat: no-repeat;
   background-image: linear-gradient(var(--bar) 0 0), linear-gradient(var(--line) 0 0);
   background-position: left bottom; background-size: var(--share) 4px, 100% 4px; }
-.plots { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
+.plots { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure svg { width: 100%; height: auto; display: block; }
+.key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; padding: .6rem 0;
+  position: sticky; top: 0; z-index: 1;
+  background: #fff; border-bottom: 1px solid var(--line); font-size: .9rem; }
+.key i { display: inline-block; width: 1.6rem; margin-right: .5rem; vertical-align: middle; }
+td small { display: inline-block; min-width: 5rem; color: var(--soft); }
 .gallery { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .card { border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; font-size: .86rem; }
 .card { display: flex; flex-direction: column; }
@@ -127,29 +137,33 @@ def curves(
         x: name of the horizontal axis.
         y: name of the vertical axis.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    drawn = [(name, points, c) for (name, points), c in zip(lines.items(), COLORS) if points]
+    for name, points, color in drawn:
+        marker = "o" if len(points) == 1 else None
+        axes.plot(*zip(*points), label=name, color=color, linewidth=1.8, marker=marker)
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    if drawn:
+        axes.legend(frameon=False)
+    return inline(title, figure)
+
+
+def inline(title: str, figure: "Figure") -> Markup:
+    """A matplotlib figure as inline SVG with its caption; the page decides the size."""
+    import matplotlib
+
+    stream = io.StringIO()
     # Text stays text, in the page's font; the salt makes equal plots equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-        axes = figure.subplots()
-        drawn = [(name, points, c) for (name, points), c in zip(lines.items(), COLORS) if points]
-        for name, points, color in drawn:
-            marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points), label=name, color=color, linewidth=1.8, marker=marker)
-        axes.set(xlabel=x, ylabel=y)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        if drawn:
-            axes.legend(frameon=False)
-        stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
-    # The page decides the size; the view box keeps the proportions.
+    # The view box keeps the proportions.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     label = html.escape(title)
@@ -197,15 +211,30 @@ def verdict(text: str, good: bool) -> Markup:
     return element("span", f"{text} {'✓' if good else '✗'}", class_="good" if good else "bad")
 
 
-def page(title: str, lead: str, sections: Iterable[tuple[str, Sequence[Markup]]]) -> Markup:
+def swatch(name: str, color: str, linestyle: str = "-") -> Markup:
+    """An entry of a key: the line that stands for a name in plots; dashes as matplotlib's."""
+    border = {"-": "solid", "--": "dashed", ":": "dotted"}[linestyle]
+    line = element("i", style=f"border-top: 4px {border} {color}")
+    return element("span", line, element("span", name))
+
+
+def page(
+    title: str,
+    lead: str,
+    sections: Iterable[tuple[str, Sequence[Markup]]],
+    key: Sequence[Markup] = (),
+) -> Markup:
     """A whole document.
 
     Args:
         title: of the document, and its first heading.
         lead: one paragraph below it.
         sections: (heading, parts).
+        key: swatches that stay in sight.
     """
     body = [element("h1", title), element("p", lead, class_="lead")]
+    if key:
+        body.append(element("div", *key, class_="key"))
     for heading, parts in sections:
         body.append(element("section", element("h2", heading), *parts))
     head = (

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hqclip_jax import losses
 from hqclip_jax.config import Config
+from hqclip_jax.data.record import REPLACED
 from hqclip_jax.losses import Metrics
 from hqclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from hqclip_jax.models.vision import draw_patches, patches_kept
@@ -25,6 +26,7 @@ from hqclip_jax.sharding import (
     split_rows,
     tree_shardings,
 )  # fmt: skip
+from hqclip_jax.signals import SAVE, SIGNALS, STOP, signal_sharding
 
 Batch = dict[str, jax.Array]
 
@@ -33,12 +35,14 @@ class TrainState(NamedTuple):
     """What a step changes.
 
     Attributes:
-        step: batches seen, int32.
+        step: batches trained on or skipped, int32.
         params: f32.
         opt_state: the optimizer's moments.
         ema: moving average of the parameters, None where `optim.ema` is 0.
         skipped: updates left out because the loss or a gradient was no number, int32.
         streak: how many of them in a row, up to now, int32.
+        stopped: 1 once a host has asked to stop; no step changes anything any more, int32.
+        replaced: records that could not be read, by the reasons of `REPLACED`, int32 [reasons].
     """
 
     step: jax.Array
@@ -47,6 +51,8 @@ class TrainState(NamedTuple):
     ema: Any
     skipped: jax.Array
     streak: jax.Array
+    stopped: jax.Array
+    replaced: jax.Array
 
 
 def init_state(
@@ -69,7 +75,8 @@ def init_state(
         params = nnx.to_pure_dict(nnx.split(build(key), nnx.Param)[1])
         ema = jax.tree.map(jnp.copy, params) if config.optim.ema else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), ema, zero, zero)
+        replaced = jnp.zeros(len(REPLACED), jnp.int32)
+        return TrainState(zero, params, tx.init(params), ema, zero, zero, zero, replaced)
 
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(init, key)
@@ -86,6 +93,8 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     shapes = {
         "image": ((B, model.image_size, model.image_size, 3), jnp.uint8),
         "text": ((B, model.context_length), jnp.int32),
+        "text_cut": ((B,), jnp.float32),
+        "replaced": ((B,), jnp.int32),
     }
     if loss.hni:
         shapes |= {
@@ -98,6 +107,11 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
         name: jax.ShapeDtypeStruct(*shape, sharding=batch_sharding(mesh))
         for name, shape in shapes.items()
     }
+
+
+def signal_shapes(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What a step takes of the hosts' signals."""
+    return jax.ShapeDtypeStruct((mesh.size, SIGNALS), jnp.int32, sharding=signal_sharding(mesh))
 
 
 def embed(
@@ -188,8 +202,9 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     tag_weights_V: jax.Array | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step. The state it is given is donated: only the returned one may be used.
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """The jitted step, of state, batch and `signals.send`. The state it is given is donated: only
+    the returned one may be used. Among the metrics is `control`, a `signals.Control` as int32 [3].
 
     An update whose loss or gradient is no number is skipped: parameters, moments and average stay,
     and `skipped` and `streak` count it. After `optim.max_skipped` of them in a row none is made any
@@ -197,7 +212,7 @@ def make_train_step(
     """
     arch, optim = ARCHITECTURES[config.model.arch], config.optim
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, signals: jax.Array) -> tuple[TrainState, Metrics]:
         if config.model.patch_dropout:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             kept = patches_kept(arch, config.model.image_size, config.model.patch_dropout)
@@ -215,6 +230,14 @@ def make_train_step(
         for tower in ("visual", "text"):
             metrics[f"grad_norm/{tower}"] = optax.global_norm(grads[tower])
         metrics["grad_norm"] = optax.global_norm(grads)
+        # Sums over all devices that hang on nothing: a CPU with few threads may begin them on some
+        # devices, something else on the others, and wait for ever. So they wait for the gradients,
+        # whose norm is never -inf (a CPU's compiler drops an `optimization_barrier`).
+        late = jnp.isneginf(metrics["grad_norm"]).astype(jnp.int32)
+        signals, replaced_B = signals + late, batch["replaced"] + late
+        text_cut_B = batch["text_cut"] + late
+        asked = signals.max(axis=0)
+        stopped = jnp.maximum(state.stopped, asked[STOP])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         for name in ("logit_scale", "hni_logit_scale"):
@@ -225,20 +248,28 @@ def make_train_step(
             lambda old, new: optim.ema * old + (1 - optim.ema) * new, state.ema, params
         )
         sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        sound &= state.streak < optim.max_skipped
+        sound &= (state.streak < optim.max_skipped) & (stopped == 0)
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (params, opt_state, ema),
             (state.params, state.opt_state, state.ema),
         )
-        skipped = state.skipped + ~sound
-        streak = jnp.where(sound, 0, state.streak + 1)
-        metrics |= {"skipped": skipped, "streak": streak}
-        return TrainState(state.step + 1, params, opt_state, ema, skipped, streak), metrics
+        # A step that is stopped was never made, whatever its batch held.
+        made = 1 - stopped
+        skipped = state.skipped + made * ~sound
+        streak = jnp.where(sound, 0, state.streak + made)
+        reasons = jnp.arange(1, len(REPLACED) + 1)
+        replaced = state.replaced + made * (replaced_B == reasons[:, None]).sum(axis=1)
+        metrics |= {"skipped": skipped, "streak": streak, "text_cut": text_cut_B.mean()}
+        metrics |= {f"replaced/{name}": replaced[i] for i, name in enumerate(REPLACED)}
+        metrics["control"] = jnp.stack([stopped, asked[SAVE], streak])
+        return TrainState(
+            state.step + made, params, opt_state, ema, skipped, streak, stopped, replaced
+        ), metrics
 
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), signal_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),  # without it donation is mostly lost
         donate_argnums=0,
     )

@@ -3,68 +3,95 @@
     python -m hqclip_jax.train --config=configs/demo.py --workdir=runs/demo \\
         --config.data.path=data/demo
 
-Started again with the same --workdir it continues from the last checkpoint.
+Started again with the same --workdir it continues from the last checkpoint. SIGTERM and SIGINT save
+first, on all hosts though only one may get it.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import time
+import traceback
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from hqclip_jax import config as config_lib
-from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo, check_same_run
-from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.cadence import Every, Saver
+from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo
+from hqclip_jax.config import Config, ConfigError, ProfileConfig
 from hqclip_jax.cost import step_flops
+from hqclip_jax.data.feed import Fed, Feed
 from hqclip_jax.data.pipeline import Pipeline, to_device
 from hqclip_jax.data.record import DatasetError
 from hqclip_jax.data.tags import TagVocabulary
 from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.lease import Lease, LeaseError
 from hqclip_jax.optim import make_tx, warmup_cosine
+from hqclip_jax.progress import Goodput, ProgressLine, Report
 from hqclip_jax.sharding import batch_sharding, bytes_per_device, make_mesh, reader
-from hqclip_jax.step import Metrics, TrainState, init_state, make_train_step
-from hqclip_jax.telemetry import (
-    MetricWriter,
-    ProgressLine,
-    Stopwatch,
-    setup_logging,
-    utilisation,
-)  # fmt: skip
+from hqclip_jax.signals import Control, StopSignal, end, leave, meet, send
+from hqclip_jax.start import Start, begin, find_origin
+from hqclip_jax.step import (
+    Metrics,
+    TrainState,
+    batch_shapes,
+    init_state,
+    make_train_step,
+    signal_shapes,
+)
+from hqclip_jax.telemetry import MetricWriter, setup_logging
+from hqclip_jax.tracing import Tracer
+from hqclip_jax.trackers import check_trackers
+from hqclip_jax.watchdog import STATUS, Watchdog
 
 log = logging.getLogger("hqclip_jax.train")
 
-SOURCE = "train"  # the name of the one data source in a checkpoint's position
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished, 1 diverged, 2 wrong configuration or data, 128 + signal."""
+    """Exit status: 0 finished, 1 diverged or a fault, with its traceback, 2 wrong configuration or
+    data, or a workdir in use, 3 another run took it over; and where the same command continues: 75
+    ended by the watchdog or because another process did, 128 + signal stopped and, but for a second
+    SIGINT, saved."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         overrides, rest = config_lib.split_overrides(argv)
         args = _parser().parse_args(rest)
         config = config_lib.load(args.config, overrides)
+        check_trackers(config.log)  # on all hosts: one that ends alone leaves the others waiting
         if args.distributed:
             jax.distributed.initialize()
         _use_compile_cache()
-        return train(config, Path(args.workdir), setup_logging())
-    except (ConfigError, DatasetError, CheckpointError, FileNotFoundError) as e:
+        status = train(config, Path(args.workdir), setup_logging())
+    except (ConfigError, DatasetError, CheckpointError, LeaseError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        status = 2
     except FloatingPointError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        status = 1
+    except KeyboardInterrupt:
+        print("stopped at once by a second SIGINT", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except Exception as e:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        # In a step of several processes it mostly says that another one has ended.
+        ended = isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e)
+        status = STATUS if ended else 1
+    leave(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,170 +119,216 @@ def _use_compile_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path("~/.cache/hqclip_jax/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-class StopSignal:
-    """Remembers a SIGTERM or SIGINT, so that the loop can save before it ends; a second SIGINT
-    stops at once. With several processes the signal keeps its usual effect: one that left the loop
-    alone would leave the others waiting in a collective."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if jax.process_count() == 1:
-            self._old = {s: signal.signal(s, self._on) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on(self, number: int, _: FrameType | None) -> None:
-        if self.number == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.number = number
-
-
-@dataclass
-class Report:
-    """Collects what one report says; the metrics are fetched after the next step is under way, so
-    that the device never waits for the host."""
-
-    config: Config
-    pipeline: Pipeline
-    writer: MetricWriter | None
-    progress: ProgressLine
-    lr: optax.Schedule
-    flops: float  # of one step
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    due: tuple[int, Metrics] | None = None
-    _last: tuple[int, float] | None = None
-
-    def start(self, step: int) -> None:
-        """The interval begins once the first step, which compiles, is done."""
-        self._last = (step, time.monotonic())
-        self.watch.take("data")
-
-    def flush(self) -> None:
-        """Writes the metrics that are due, if any.
-
-        Raises:
-            FloatingPointError: too many updates in a row were skipped, and all since.
-        """
-        if self.due is None:
-            return
-        step, fetched = self.due[0], jax.device_get(self.due[1])
-        self.due = None
-        metrics = {name: float(value) for name, value in fetched.items()}
-        now = time.monotonic()
-        since, then = self._last or (step, now)
-        self._last = (step, now)
-        elapsed = max(now - then, 1e-9)
-        records = step * self.config.optim.batch
-        if step > since:
-            metrics |= utilisation((step - since) * self.flops, elapsed, jax.devices())
-        metrics |= {
-            "lr": float(self.lr(step - 1 - metrics["skipped"])),  # a skipped update takes no step
-            "images_per_s": (step - since) * self.config.optim.batch / elapsed,
-            "data_wait": min(self.watch.take("data") / elapsed, 1.0),
-            "samples": records,
-            "epoch": records / self.pipeline.records,
-            "replaced": self.pipeline.replacements.reasons.total(),
-        }
-        if self.writer:
-            self.writer.write(step, metrics)
-            self.progress.report(step, metrics)
-        if metrics["streak"] >= self.config.optim.max_skipped:
-            raise FloatingPointError(
-                f"the last {metrics['streak']:.0f} updates up to step {step} were skipped: the "
-                f"loss ({metrics['loss']}) or a gradient is no number. The parameters are those "
-                "before. Lower optim.lr, lengthen optim.warmup or set optim.clip_norm=1"
-            )
+    # By default what compiles within a second is compiled at every start; there is much of it.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def train(config: Config, workdir: Path, console: Console) -> int:
     """Runs until the configured duration is reached or a signal asks to stop."""
-    if not config.data.path:
-        raise ConfigError("data.path is not set: --config.data.path=DIR that `refine run` wrote")
     workdir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh, config.optim.batch, parts=config.optim.micro_batches)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    found = checkpoints.latest()
-    stored = checkpoints.info(found) if found is not None else None
+    first = jax.process_index() == 0
+    lease = Lease(workdir) if first else contextlib.nullcontext()
 
+    def at_once(number: int) -> None:
+        lease.__exit__(None, None, None)
+        name = signal.Signals(number).name
+        print(f"stopped by {name} before there was anything to save", flush=True)
+        os._exit(128 + number)
+
+    with lease, StopSignal(at_once) as stop:
+        meet("lease", 600)  # its holder may have to be watched first
+        return _train(config, workdir, console, stop)
+
+
+def _train(config: Config, workdir: Path, console: Console, stop: StopSignal) -> int:
+    began = time.monotonic()
+    first = jax.process_index() == 0
+    mesh = make_mesh(config.mesh, config.optim.batch, parts=config.optim.micro_batches)
+    origin = find_origin(config, workdir)
+    stored = origin.stored
     tokenizer = ClipTokenizer(config.model.context_length)
     tags = _vocabulary(config, stored)
-    num_tags = len(tags) if tags else 0
-    if stored:
-        check_same_run(stored, config, num_tags, checkpoints.directory)
-    pipeline = Pipeline(config, tokenizer, tags)
-    total = config.steps(config.optim.duration, pipeline.records, "optim.duration")
-    warmup = config.steps(config.optim.warmup, pipeline.records, "optim.warmup")
-    report_every = max(1, config.steps(config.log.every, pipeline.records, "log.every"))
-    save_every = max(1, config.steps(config.checkpoint.every, pipeline.records, "checkpoint.every"))
+    replaced_log = workdir / f"replaced-{jax.process_index()}.jsonl"
+    pipeline = Pipeline(config, tokenizer, tags, stored and stored.position, replaced_log)
+    every = Every.of(config, sum(pipeline.records.values()))
 
-    tx = make_tx(config.optim, warmup, total)
+    tx = make_tx(config.optim, every.warmup, every.total)
+    num_tags = len(tags) if tags else 0
     graphdef, abstract, shardings, init = init_state(
         config, tokenizer.vocab_size, num_tags, tx, mesh
     )
-    start, position = (found, stored.position[SOURCE]) if stored else (0, 0)
-    state = checkpoints.restore(start, abstract) if stored else init()
-    # A run that had stopped itself would stay so.
-    state = state._replace(streak=jax.device_put(np.int32(0), shardings.streak))
+    start = begin(origin, config, abstract, init, tags, pipeline.records)
     weights = jax.numpy.asarray(tags.idf()) if tags and config.loss.tag_idf else None
     train_step = make_train_step(graphdef, tx, config, mesh, shardings, weights)
-    _announce(config, workdir, pipeline, abstract, mesh, start, total)
+    _announce(config, pipeline, abstract, mesh, start.step, every.total)
 
-    first = jax.process_index() == 0
     if first:
         (workdir / "config.json").write_text(json.dumps(config.to_json(), indent=1))
-    writer = MetricWriter(workdir, start) if first else None
-    began = time.monotonic() - (stored.seconds if stored else 0.0)
-
-    def save(step: int, state: TrainState) -> None:
-        consumed = position + (step - start) * config.optim.batch
-        spent = time.monotonic() - began
-        info = RunInfo(config, {SOURCE: consumed}, tags, tokenizer.name, spent)
-        checkpoints.save(step, state, info)
-
-    batches = pipeline.batches(position, *reader(mesh))
-    sharding = batch_sharding(mesh)
-    step = start
-    try:
-        with StopSignal() as stop, ProgressLine(console, start, total) as progress:
-            lr = warmup_cosine(config.optim.lr, warmup, total)
-            flops = sum(step_flops(config, num_tags).values())
-            report = Report(config, pipeline, writer, progress, lr, flops)
-            while step < total and not stop.number:
-                with report.watch("data"):
-                    batch = to_device(next(batches), sharding, config.optim.batch)
-                state, metrics = train_step(state, batch)
-                report.flush()
-                step += 1
-                progress.advance(step)
-                if step == start + 1:
-                    jax.block_until_ready(metrics)
-                    report.start(step)
-                if step % report_every == 0 or step == total:
-                    report.due = (step, metrics)
-                if step % save_every == 0 and step < total:
-                    save(step, state)
-            report.flush()
-        if step > start:
-            save(step, state)
-    finally:
+    put = lambda batch: to_device(batch, batch_sharding(mesh), config.optim.batch)
+    with (
+        MetricWriter(workdir, start.step, config) if first else contextlib.nullcontext() as writer,
+        # It looks on until the last save is done, which may hang too.
+        Watchdog(config.watchdog, workdir / f"stacks-{jax.process_index()}.txt") as watchdog,
         # After an error too: a save under way is finished work.
-        checkpoints.close()
-        batches.close()
-        if writer:
-            writer.close()
-    if stop.number:
-        log.info("stopped by %s, saved at step %d", signal.Signals(stop.number).name, step)
-        return 128 + stop.number
-    log.info("finished: %d steps in %.0f s, in %s", total, time.monotonic() - began, workdir)
+        contextlib.closing(Checkpoints(workdir, config.checkpoint, every.keep)) as checkpoints,
+        contextlib.closing(Tracer(config.profile if first else ProfileConfig(), workdir)) as tracer,
+        ProgressLine(console, start.step, every.total) as progress,
+        Feed(pipeline.batches(*reader(mesh)), put) as feed,
+    ):
+        if config.checkpoint.best:
+            shapes = abstract, batch_shapes(config, mesh), signal_shapes(mesh)
+            checkpoints.check_best(jax.eval_shape(train_step, *shapes)[1])
+        timers = start.info.timers if start.info else {}
+        lost = max(0.0, writer.dropped_until - sum(timers.values())) if writer else 0.0
+        goodput = Goodput(timers, lost, since=began)
+
+        def info(step: int) -> RunInfo:
+            position, seconds = pipeline.position(step - start.step), goodput.seconds
+            return RunInfo(config, position, tags, tokenizer.name, seconds, pipeline.records)
+
+        saver = Saver(config.checkpoint.minutes if first else 0, checkpoints, info, start.step)
+        lr = warmup_cosine(config.optim.lr, every.warmup, every.total)
+        flops = sum(step_flops(config, num_tags).values())
+        replaced = int(start.state.replaced.sum())
+        report = Report(
+            config, pipeline, start.step, replaced, lr, flops, goodput, progress, writer,
+            replaced_log,
+        )  # fmt: skip
+        loop = Loop(config, mesh, train_step, every, feed, report, saver, watchdog, tracer, stop)
+        step = loop.run(start)
+    log.info("%s", goodput.line())
+    if step < every.total:
+        number = stop.number or signal.SIGTERM  # another host's
+        log.info("stopped by %s, saved at step %d", signal.Signals(number).name, step)
+        return 128 + number
+    log.info("finished: %d steps in %.0f s, in %s", step, goodput.metrics()["seconds"], workdir)
     return 0
+
+
+@dataclass
+class Loop:
+    """The loop itself. Between two steps it waits for nothing but data: what the step before has
+    said is fetched when the next one is under way."""
+
+    config: Config
+    mesh: Mesh
+    train_step: Any
+    every: Every
+    feed: Feed
+    report: Report
+    saver: Saver
+    watchdog: Watchdog
+    tracer: Tracer
+    stop: StopSignal
+    failure: Exception | None = None  # to read, raised once what is done is saved
+
+    def run(self, start: Start) -> int:
+        """Trains from `start` to the end or until a host asks to stop, and saves.
+
+        Returns:
+            steps done.
+
+        Raises:
+            FloatingPointError: too many updates in a row were skipped.
+            DatasetError: too many records could not be read.
+            Whatever reading raised, once the steps before are saved.
+        """
+        # A run that had stopped, or was told to, would stay so.
+        again = jax.device_put(np.int32(0), start.state.streak.sharding)
+        state, step = start.state._replace(streak=again, stopped=again.copy()), start.step
+        uids: deque[tuple[int, np.ndarray]] = deque(maxlen=self.config.optim.max_skipped + 1)
+        fed: Fed | None = None
+        said: jax.Array | None = None  # by the step before
+        while step < self.every.total:
+            self.watchdog.beat(step, "waiting for data")
+            with self.report.goodput("data"):
+                fed = self._next() or fed
+            if (self.stop or self.failure) and jax.process_count() == 1:
+                break  # nobody to agree with
+            step += 1
+            self.tracer.before(step)
+            self.watchdog.beat(step, "making a step")
+            state, metrics = self._step(state, fed, first=step == start.step + 1)
+            uids.append((step, fed.uids))
+            self.watchdog.beat(step, Watchdog.WAITING)
+            self.report.flush()
+            control, said = _read(said), metrics["control"]
+            if control.stopped:
+                break
+            self._check(control, step - 1, uids)
+            self.report.progress.advance(step)
+            self.tracer.after(step, metrics)
+            save = (control.save or step % self.every.save == 0) and step < self.every.total
+            if step % self.every.report == 0 or step == self.every.total or save:
+                self.report.due = (step, metrics)
+                if self.report.writer and step < self.every.total:
+                    self.tracer.asked(step + 1)
+            if save and not self._save(step, state, said):
+                break
+        self._check(_read(said), step, uids)
+        self.report.flush()
+        done = int(state.step)  # what was told to stop was not done
+        if done > start.step:
+            self._save(done, state, None)
+        if self.failure:
+            raise self.failure
+        return done
+
+    def _next(self) -> Fed | None:
+        """A batch, or None where there is a stop. After the first batch an error is a stop too: it
+        ends this host alone, and the others would wait for it."""
+        try:
+            return self.feed.next(lambda: self.stop.anywhere() or bool(self.failure))
+        except Exception as e:
+            if not self.stop.saves:
+                raise
+            self.failure = e
+            return None
+
+    def _step(self, state: TrainState, fed: Fed, first: bool) -> tuple[TrainState, Metrics]:
+        stop = bool(self.stop or self.failure)
+        signals = send(self.mesh, stop=stop, save=self.saver.asks())
+        if not first:
+            return self.train_step(state, fed.arrays, signals)
+        with self.report.goodput("compile"):
+            self.watchdog.beat(int(state.step), "compiling")
+            self.saver.checkpoints.prepare(state)
+            state, metrics = self.train_step(state, fed.arrays, signals)
+            jax.block_until_ready(metrics)
+        self.stop.saves = True
+        self.report.begin(int(state.step))
+        return state, metrics
+
+    def _save(self, step: int, state: TrainState, said: jax.Array | None) -> bool:
+        """Whether the step was made, and so is saved: only now it is waited for."""
+        self.watchdog.beat(step, "saving")
+        if said is not None and _read(said).stopped:
+            self.report.due = None
+            return False
+        self.report.flush()
+        with self.report.goodput("checkpoint"):
+            self.saver.save(step, state, self.report.last)
+        return True
+
+    def _check(self, control: Control, step: int, uids: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Raises FloatingPointError if the updates up to `step` were no numbers, and names them."""
+        if control.streak < self.config.optim.max_skipped:
+            return
+        first = step - control.streak + 1
+        path = self.report.replaced_log.with_name(f"diverged-{jax.process_index()}.json")
+        named = {
+            s: [uid.decode() for uid in rows.tolist()] for s, rows in uids if first <= s <= step
+        }
+        path.write_text(json.dumps({"steps": [first, step], "uids": named}, indent=1))
+        raise FloatingPointError(
+            f"the updates of steps {first} to {step} were skipped: the loss or a gradient is no "
+            f"number. The parameters are those before; {path} names the pictures. Lower optim.lr, "
+            "lengthen optim.warmup or set optim.clip_norm=1"
+        )
+
+
+def _read(said: jax.Array | None) -> Control:
+    return Control(0, 0, 0) if said is None else Control(*map(int, np.asarray(said)))
 
 
 def _vocabulary(config: Config, stored: RunInfo | None) -> TagVocabulary | None:
@@ -264,13 +337,13 @@ def _vocabulary(config: Config, stored: RunInfo | None) -> TagVocabulary | None:
         return None
     if stored and stored.tags:
         return stored.tags
-    return TagVocabulary.from_dataset(config.data.path, config.data.tag_vocabulary)
+    paths = [source.path for source in config_lib.sources(config.data.path)]
+    return TagVocabulary.from_datasets(paths, config.data.tag_vocabulary)
 
 
 def _announce(
-    config: Config, workdir: Path, pipeline: Pipeline, abstract: TrainState,
-    mesh: jax.sharding.Mesh, start: int, total: int,
-) -> None:  # fmt: skip
+    config: Config, pipeline: Pipeline, abstract: TrainState, mesh: Mesh, start: int, total: int
+) -> None:
     """Says once what is about to run."""
     count = sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(abstract.params))
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -278,14 +351,16 @@ def _announce(
              mesh.devices.flat[0].platform, shape)  # fmt: skip
     log.info("%.1fM parameters, %.0f MiB of state per device",
              count / 1e6, bytes_per_device(abstract, mesh) / 2**20)  # fmt: skip
-    log.info("%s: %s records; %d steps of %d, %.1f epochs",
-             config.data.path, f"{pipeline.records:,}", total, config.optim.batch,
-             total * config.optim.batch / pipeline.records)  # fmt: skip
+    for name, share in pipeline.shares().items():
+        log.info("%s: %s records, %.1f%% of the samples, %.2f epochs so far", name,
+                 f"{pipeline.records[name]:,}", 100 * share,
+                 pipeline.position(0)[name] / pipeline.records[name])  # fmt: skip
+    log.info("%d steps of %d, %.1f epochs", total, config.optim.batch,
+             total * config.optim.batch / sum(pipeline.records.values()))  # fmt: skip
     cut = pipeline.truncation()
     log.info("texts longer than %d tokens: %s", config.model.context_length,
              ", ".join(f"{name} {share:.1%}" for name, share in cut.items()))  # fmt: skip
-    log.info("%s step %d of %s", "continuing from" if start else "starting at", start, workdir)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

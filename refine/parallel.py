@@ -57,12 +57,16 @@ def ordered_map(
 
 def _start(setup: Callable) -> None:
     global _state
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _state = setup()
 
 
-def _end_with_parent() -> None:
-    # A pool's processes outlive a parent that was killed, and would go on writing.
+def end_with_parent() -> None:
+    """Called in a pool's process: it outlives a parent that was killed, and would go on writing."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -6,22 +6,23 @@ import tempfile
 # Before anything imports JAX; subprocesses inherit all but the last flag. Tests compile much and
 # compute little, so the code need not be optimised, nor come from the emitters that then take twice
 # as long. Eight devices on two busy cores may keep one another waiting for longer than the 40 s
-# after which XLA aborts the process.
+# after which XLA aborts the process; for ever where its scheduler lets them begin collectives in
+# different orders, which the one for memory does not.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
-    "--xla_cpu_use_fusion_emitters=false"
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hqclip-xla-"))
 
 import hashlib
 import io
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -31,6 +32,8 @@ from hqclip_jax.data import record, tags
 from hqclip_jax.data.record import Record
 
 CPU_FLAGS = os.environ["XLA_FLAGS"]  # what every test of a worker's own process is compiled with
+jax.devices()  # has read them; the TPU's compiler ends a process with a flag that it does not know
+os.environ["XLA_FLAGS"] = CPU_FLAGS.rpartition(" ")[0]
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 210)}
 
@@ -77,14 +80,6 @@ def write_dataset(directory: Path, shards: list[list[Record]]) -> Path:
     tags.write_counts(directory, counts, sum(len(s) for s in shards))
     record.write_metadata(directory, "rendered", "train", written, {"engine": "test"})
     return directory
-
-
-@pytest.fixture(scope="session", autouse=True)
-def flags_for_tpus() -> None:
-    """The CPU's compiler reads its flags, and then what the TPU's would abort at is taken out."""
-    if "jax" in sys.modules:
-        sys.modules["jax"].devices()
-    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].rpartition(" ")[0]
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_evaluation_sets_keep_seen_and_held_out_apart(rendered):
 
 
 def test_suite_and_refinement_take_what_was_rendered(rendered):
-    from hqclip_jax.data.record import open_shards
+    from hqclip_jax.data.shards import open_source
     from hqclip_jax.evals.suite import load_suite
 
     suite = load_suite(str(rendered / "eval" / "suite.json"))
@@ -73,7 +73,7 @@ def test_suite_and_refinement_take_what_was_rendered(rendered):
     for evaluator in suite:
         evaluator.check()
     demo.refine(rendered)
-    assert sum(s.take for s in open_shards(rendered / "data")) == 12
+    assert len(open_source(rendered / "data")) == 12
 
 
 def test_recipes_differ_only_in_what_they_are_said_to(monkeypatch, tmp_path):

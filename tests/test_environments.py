@@ -48,7 +48,7 @@ status = train.main([
     "--config.model.context_length=12", "--config.data.threads=1",
 ])
 assert status == 0
-from hqclip_jax.checkpoint import restore_model
+from hqclip_jax.restore import restore_model
 print("trained to", restore_model({str(tmp_path)!r}).step)
 """
     assert "trained to 2" in run_blocked(HEAVY, program)

@@ -9,9 +9,10 @@ from flax import nnx
 from rich.console import Console
 
 from hqclip_jax import evaluate
-from hqclip_jax.checkpoint import Checkpoints, RunInfo, restore_model
+from hqclip_jax.checkpoint import Checkpoints, RunInfo
 from hqclip_jax.config import Config, MeshConfig, ModelConfig
 from hqclip_jax.data.image import eval_transform, open_rgb
+from hqclip_jax.restore import restore_model
 from hqclip_jax.sharding import make_mesh
 from hqclip_jax.step import init_state
 from tests.evals.colours import COLOURS, picture, write_classification, write_tar

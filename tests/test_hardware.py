@@ -5,7 +5,7 @@ import pytest
 
 from hqclip_jax.config import ConfigError
 from hqclip_jax.hardware import CHIPS, chip_of, topology_devices
-from hqclip_jax.telemetry import utilisation
+from hqclip_jax.progress import utilisation
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from hqclip_jax.config import Config, LossConfig, MeshConfig, ModelConfig, Optim
 from hqclip_jax.models.clip import MAX_LOGIT_SCALE
 from hqclip_jax.optim import make_tx
 from hqclip_jax.sharding import batch_sharding, make_mesh
-from hqclip_jax.step import TrainState, batch_shapes, init_state, loss_fn, make_train_step
+from hqclip_jax.signals import Control, send
+from hqclip_jax.step import (
+    TrainState,
+    batch_shapes,
+    init_state,
+    loss_fn,
+    make_train_step,
+    signal_shapes,
+)  # fmt: skip
 
 B, L, VOCAB, TAGS = 16, 8, 40, 12
 CONFIG = Config(
@@ -32,6 +40,8 @@ def make_batch() -> dict[str, np.ndarray]:
         "neg_text": text(),
         "neg_mask": (np.arange(B) % 4 > 0).astype(np.float32),
         "tag_ids": np.stack([rng.permutation(TAGS + 4)[:4] - 4 for _ in range(B)]).astype(np.int32),
+        "text_cut": np.float32(np.arange(B) % 4 == 0),
+        "replaced": np.int32([1, 3, 3] + [0] * (B - 3)),
     }
 
 
@@ -44,7 +54,9 @@ def run(devices: int, mesh_config: MeshConfig, config: Config = CONFIG, steps: i
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
     history = []
     for _ in range(steps):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, send(mesh))
+        control = metrics.pop("control")
+        assert control.shape == (3,)
         history.append({k: float(v) for k, v in metrics.items()})
     return jax.device_get(state), history
 
@@ -124,7 +136,7 @@ def test_a_loss_of_weight_zero_is_not_computed(off):
     graphdef, abstract, shardings, _ = init_state(config, VOCAB, TAGS, tx, mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch())
     step = make_train_step(graphdef, tx, config, mesh, shardings)
-    _, metrics = jax.eval_shape(step, abstract, batch)
+    _, metrics = jax.eval_shape(step, abstract, batch, signal_shapes(mesh))
     assert f"loss/{off}" not in metrics
 
 
@@ -177,7 +189,7 @@ def test_memory_falls_with_the_number_of_micro_batches():
         tx = make_tx(config.optim, 1, 10)
         graphdef, abstract, shardings, _ = init_state(config, VOCAB, 0, tx, of)
         step = make_train_step(graphdef, tx, config, of, shardings)
-        compiled = step.lower(abstract, batch_shapes(config, of)).compile()
+        compiled = step.lower(abstract, batch_shapes(config, of), signal_shapes(of)).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert sizes[0] > 3 * sizes[1], sizes
 
@@ -191,17 +203,17 @@ def test_an_update_that_is_no_number_is_skipped_and_counted():
     good = jax.device_put(make_batch(), batch_sharding(mesh))
     # A weight that is no number stands for whatever may go wrong in the towers.
     bad = good | {"neg_mask": good["neg_mask"].at[0].set(jnp.nan)}
-    state, _ = train_step(init(), good)
+    state, _ = train_step(init(), good, send(mesh))
     before = jax.device_get(state)
     for i in (1, 2):
-        state, metrics = train_step(state, bad)
+        state, metrics = train_step(state, bad, send(mesh))
         assert not np.isfinite(metrics["loss"])
         assert (int(metrics["skipped"]), int(metrics["streak"])) == (i, i)
     after = jax.device_get(state)
     for part in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
     assert int(after.step) == 3
-    state, metrics = train_step(state, good)
+    state, metrics = train_step(state, good, send(mesh))
     assert np.isfinite(metrics["loss"])
     assert (int(metrics["skipped"]), int(metrics["streak"])) == (2, 0)
     assert np.any(
@@ -209,7 +221,7 @@ def test_an_update_that_is_no_number_is_skipped_and_counted():
     )
     before = jax.device_get(state)
     for i, batch in enumerate((bad, bad, bad, good), 1):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, send(mesh))
         assert int(metrics["streak"]) == i
     # The third in a row has stopped it: what is sound again comes too late.
     assert np.isfinite(metrics["loss"])
@@ -263,7 +275,8 @@ def test_dropped_patches_differ_by_step_and_not_by_mesh():
         train_step = make_train_step(graphdef, tx, config, mesh, shardings)
         state, losses_seen = init(), []
         for _ in range(2):
-            state, metrics = train_step(state, jax.device_put(batch, batch_sharding(mesh)))
+            placed = jax.device_put(batch, batch_sharding(mesh))
+            state, metrics = train_step(state, placed, send(mesh))
             losses_seen.append(float(metrics["loss"]))
         found.append(losses_seen)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
@@ -297,7 +310,7 @@ def test_state_is_sharded_donated_and_stays_where_it_is():
     assert kernel(state).addressable_shards[0].data.size * 8 == kernel(state).size
     train_step = make_train_step(graphdef, tx, CONFIG, mesh, shardings)
     batch = jax.device_put(make_batch(), batch_sharding(mesh))
-    new, _ = train_step(state, batch)
+    new, _ = train_step(state, batch, send(mesh))
     assert kernel(state).is_deleted()
     assert kernel(new).sharding == kernel(abstract).sharding
     assert int(new.step) == 1
@@ -312,6 +325,43 @@ def test_no_all_to_all_and_no_logits_of_the_global_batch():
         for k, v in make_batch().items()
     }
     step = make_train_step(graphdef, tx, CONFIG, mesh, shardings)
-    text = step.lower(abstract, batch).compile().as_text()
+    text = step.lower(abstract, batch, signal_shapes(mesh)).compile().as_text()
     assert "all-to-all" not in text
     assert not re.search(rf"f32\[{B},{B}\]", text)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_step_that_one_device_is_told_to_stop_and_all_after_it_change_nothing(devices):
+    mesh = make_mesh(MeshConfig(tensor=min(devices, 2)), B, jax.devices()[:devices])
+    tx = make_tx(CONFIG.optim, 1, 10)
+    graphdef, _, shardings, init = init_state(CONFIG, VOCAB, TAGS, tx, mesh)
+    train_step = make_train_step(graphdef, tx, CONFIG, mesh, shardings)
+    batch = jax.device_put(make_batch(), batch_sharding(mesh))
+    state, metrics = train_step(init(), batch, send(mesh))
+    assert Control(*np.asarray(metrics["control"])) == (0, 0, 0)
+    assert metrics["text_cut"] == 0.25
+    before = jax.device_get(state)
+    assert before.replaced.tolist() == [1, 0, 2]
+    one = np.zeros((devices, 2), np.int32)
+    one[-1, 0] = 1
+    void = jax.tree.map(lambda x: x[:0:-1].repeat(2, axis=0)[:B], make_batch())
+    void |= {"neg_mask": np.full(B, np.nan, np.float32)}
+    for signals in (one, np.zeros_like(one)):
+        placed = jax.device_put(void, batch_sharding(mesh))
+        state, metrics = train_step(state, placed, signals)
+        assert Control(*np.asarray(metrics["control"])) == (1, 0, 0)
+    after = jax.device_get(state)
+    assert after.stopped == 1
+    jax.tree.map(np.testing.assert_array_equal, after._replace(stopped=before.stopped), before)
+
+
+def test_one_device_that_asks_to_save_is_heard_and_the_step_is_made():
+    mesh = make_mesh(MeshConfig(fsdp=2), B)
+    tx = make_tx(CONFIG.optim, 1, 10)
+    graphdef, _, shardings, init = init_state(CONFIG, VOCAB, TAGS, tx, mesh)
+    train_step = make_train_step(graphdef, tx, CONFIG, mesh, shardings)
+    batch = jax.device_put(make_batch(), batch_sharding(mesh))
+    one = np.zeros((8, 2), np.int32)
+    one[5, 1] = 1
+    state, metrics = train_step(init(), batch, one)
+    assert Control(*np.asarray(metrics["control"])) == (0, 1, 0) and int(state.step) == 1

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 WRITER_OPTIONS = "group_size:1"
+
+REPLACED = ("record", "image", "pixels")
+"""Why a record is replaced in training: its entry can't be read, its picture can't be decoded, or
+has more pixels than `data.max_pixels`. A batch holds the number in this list, counted from 1."""
 
 
 class RecordError(ValueError):
@@ -68,6 +71,7 @@ class Record:
 LISTS = ("desc", "neg_desc", "tags", "neg_tags")
 INTEGERS = ("width", "height")
 STRINGS = ("uid", "caption", "source", "refiner")
+NAMES = tuple(f.name for f in fields(Record))
 
 
 def encode(record: Record) -> bytes:
@@ -86,25 +90,28 @@ def encode(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def decode(entry: bytes) -> Record:
+def decode(entry: bytes, names: Sequence[str] = NAMES) -> Record:
     """The inverse of `encode`.
+
+    Args:
+        entry: of a shard.
+        names: fields to read; the others stay empty.
 
     Raises:
         RecordError: the bytes are no Example, or a field is missing or of another type.
     """
-    example = tf_example_pb2.Example()
     name = "entry"
     try:
-        example.ParseFromString(entry)
-        feature = example.features.feature
+        example = tf_example_pb2.Example.FromString(entry)
+        feature = example.features.feature  # reading a name that is not there would add it
         values = {}
-        for name in (f.name for f in fields(Record)):
+        for name in names:
             if name not in feature:
                 raise RecordError(f"record has no field {name!r}")
             if name in INTEGERS:
                 values[name] = feature[name].int64_list.value[0]
             elif name in LISTS:
-                values[name] = tuple(v.decode() for v in feature[name].bytes_list.value)
+                values[name] = tuple([v.decode() for v in feature[name].bytes_list.value])
             else:
                 value = feature[name].bytes_list.value[0]
                 values[name] = value if name == "image" else value.decode()
@@ -176,75 +183,3 @@ def write_metadata(
     partial = directory / (MANIFEST_FILE + ".tmp")
     partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False))
     partial.replace(directory / MANIFEST_FILE)
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """What `array_record`'s data source needs to read a shard without opening it to count it."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
-def open_shards(directory: str | Path) -> list[ShardFile]:
-    """Lists a dataset's shards and checks each against what was written.
-
-    With a manifest the check is one `stat` a shard; a TFDS directory of another origin is opened
-    shard by shard, because a truncated ArrayRecord file opens without complaint, as an empty one.
-
-    Raises:
-        DatasetError: no dataset here, a shard missing, cut short, or of another record count.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise DatasetError(
-            f"data set {str(directory)!r} is not a directory: set --config.data.path"
-        )
-    manifest = directory / MANIFEST_FILE
-    if manifest.exists():
-        try:
-            listed = json.loads(manifest.read_text())["shards"]
-        except (ValueError, KeyError) as e:
-            raise DatasetError(
-                f"{manifest} is not a manifest ({e}): write the data set again"
-            ) from e
-        counts = {s["file"]: s["records"] for s in listed}
-        sizes = {s["file"]: s["bytes"] for s in listed}
-    else:
-        counts, sizes = _tfds_shards(directory), {}
-    shards = []
-    for file, records in counts.items():
-        path = directory / file
-        if not path.exists():
-            raise DatasetError(f"shard {path} is missing: restore it, or refine its source again")
-        size = path.stat().st_size
-        if file in sizes and size != sizes[file]:
-            raise DatasetError(
-                f"shard {path} has {size:,} bytes where the manifest says {sizes[file]:,}: "
-                "it is truncated or was changed; copy or refine it again"
-            )
-        if file not in sizes:
-            found = ArrayRecordReader(str(path)).num_records()
-            if found != records:
-                raise DatasetError(
-                    f"shard {path} holds {found:,} records where dataset_info.json says "
-                    f"{records:,}: it is truncated; copy it again"
-                )
-        shards.append(ShardFile(str(path), 0, records, records))
-    if not sum(counts.values()):
-        raise DatasetError(f"data set {directory} holds no records")
-    return shards
-
-
-def _tfds_shards(directory: Path) -> dict[str, int]:
-    try:
-        info = tfds.builder_from_directory(directory).info
-    except Exception as e:
-        raise DatasetError(
-            f"{directory} has neither manifest.json nor TFDS metadata: a refinement that was "
-            "interrupted leaves none, so run the same `python -m refine run` again"
-        ) from e
-    split = info.splits["train" if "train" in info.splits else next(iter(info.splits))]
-    return {Path(p).name: n for p, n in zip(split.filepaths, split.shard_lengths)}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hqclip_jax.data.folder import Folder
+
 COUNTS_FILE = "tag_counts.json"
 
 
@@ -32,21 +34,28 @@ class TagVocabulary:
     records: int
 
     @classmethod
-    def from_dataset(cls, directory: str | Path, size: int) -> "TagVocabulary":
-        """Reads `tag_counts.json` of a dataset directory.
+    def from_datasets(cls, directories: Iterable[str | Path], size: int) -> "TagVocabulary":
+        """Adds up `tag_counts.json` of dataset directories, local, gs:// or s3://.
 
         Raises:
-            FileNotFoundError: the directory has no counts.
+            FileNotFoundError: a directory has no counts.
         """
-        path = Path(directory) / COUNTS_FILE
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing, so there is no tag vocabulary: write the data set with "
-                "`python -m refine run`, or train without the tag loss (--config.loss.tag=0)"
-            )
-        stored = json.loads(path.read_text())
-        ranked = sorted(stored["counts"].items(), key=lambda item: (-item[1], item[0]))[:size]
-        return cls(tuple(t for t, _ in ranked), tuple(c for _, c in ranked), stored["records"])
+        counts: Counter[str] = Counter()
+        records = 0
+        for directory in directories:
+            folder = Folder(str(directory))
+            found = folder.read(COUNTS_FILE)
+            if found is None:
+                raise FileNotFoundError(
+                    f"{folder.file(COUNTS_FILE)} is missing, so there is no tag vocabulary: write "
+                    "the data set with `python -m refine run`, or train without the tag loss "
+                    "(--config.loss.tag=0)"
+                )
+            stored = json.loads(found)
+            counts.update(stored["counts"])
+            records += stored["records"]
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:size]
+        return cls(tuple(t for t, _ in ranked), tuple(c for _, c in ranked), records)
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -58,7 +67,7 @@ class TagVocabulary:
     def ids(self, tags: Iterable[str], width: int) -> np.ndarray:
         """The known tags' ids without repeats, int32 [width], padded with -1."""
         out = np.full(width, -1, np.int32)
-        known = dict.fromkeys(self._index.get(normalise(t), -1) for t in tags)
+        known = dict.fromkeys([self._index.get(normalise(t), -1) for t in tags])
         known.pop(-1, None)
         kept = list(known)[:width]
         out[: len(kept)] = kept

@@ -36,6 +36,10 @@ class ClipTokenizer:
         """Tokens that `text` would take uncut, start and end tokens included."""
         return len(self._bpe.encode(text)) + 2
 
+    def cuts(self, text: str, ids: np.ndarray) -> bool:
+        """Whether `ids`, this tokenizer's of `text`, leave out its end."""
+        return ids[-1] == self.end_id and self.length(text) > self.context_length
+
     def __getstate__(self) -> dict:
         """Drops the Rust object, so that worker processes build their own."""
         return {"context_length": self.context_length}

@@ -1,14 +1,12 @@
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hqclip_jax.data import record
-from hqclip_jax.data.record import DatasetError, Record, RecordError
+from hqclip_jax.data.record import Record, RecordError
 
 FULL = Record(
     uid="0" * 32,
@@ -79,57 +77,6 @@ assert "tensorflow" not in sys.modules
     )
     assert out.stdout.split()[0] == "60"
     assert "['red', 'picture'] []" in out.stdout
-
-
-def test_open_shards_lists_counts_without_opening(dataset):
-    shards = record.open_shards(dataset)
-    assert [(s.take, s.examples_in_shard) for s in shards] == [(25, 25), (35, 35)]
-
-
-@pytest.fixture
-def copy(dataset: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(dataset, tmp_path / "copy")
-
-
-def a_shard(directory: Path) -> Path:
-    return sorted(directory.glob("*array_record*"))[1]
-
-
-@pytest.mark.parametrize("with_manifest", [True, False])
-def test_truncated_shard_is_named(copy, with_manifest):
-    if not with_manifest:
-        (copy / record.MANIFEST_FILE).unlink()
-    shard = a_shard(copy)
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(DatasetError, match=rf"{shard.name}.*truncated"):
-        record.open_shards(copy)
-
-
-@pytest.mark.parametrize("with_manifest", [True, False])
-def test_missing_shard_is_named(copy, with_manifest):
-    if not with_manifest:
-        (copy / record.MANIFEST_FILE).unlink()
-    a_shard(copy).unlink()
-    with pytest.raises(DatasetError, match=r"00001-of-00002 is missing: restore it"):
-        record.open_shards(copy)
-
-
-def test_directory_without_a_manifest_falls_back_to_tfds_counts(copy):
-    (copy / record.MANIFEST_FILE).unlink()
-    assert [s.take for s in record.open_shards(copy)] == [25, 35]
-
-
-def test_no_dataset_at_all(tmp_path):
-    with pytest.raises(DatasetError, match="is not a directory"):
-        record.open_shards(tmp_path / "nothing")
-    with pytest.raises(DatasetError, match="neither manifest"):
-        record.open_shards(tmp_path)
-
-
-def test_broken_manifest_is_named(copy):
-    (copy / record.MANIFEST_FILE).write_text("{")
-    with pytest.raises(DatasetError, match="is not a manifest"):
-        record.open_shards(copy)
 
 
 def test_manifest_holds_hashes_and_what_the_engine_said(dataset):

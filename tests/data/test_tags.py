@@ -10,7 +10,7 @@ from hqclip_jax.data.tags import COUNTS_FILE, TagVocabulary, write_counts
 @pytest.fixture
 def vocabulary(tmp_path) -> TagVocabulary:
     write_counts(tmp_path, Counter({"cup": 8, "red": 4, "blue": 4, "rare": 1}), 8)
-    return TagVocabulary.from_dataset(tmp_path, 3)
+    return TagVocabulary.from_datasets([tmp_path], 3)
 
 
 def test_most_frequent_first_ties_by_alphabet(vocabulary):
@@ -36,4 +36,4 @@ def test_json_round_trip(vocabulary):
 
 def test_missing_counts_say_how_to_mend(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{COUNTS_FILE}.*loss\.tag=0"):
-        TagVocabulary.from_dataset(tmp_path, 3)
+        TagVocabulary.from_datasets([tmp_path], 3)

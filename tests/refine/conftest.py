@@ -109,13 +109,11 @@ def read_tree():
 @pytest.fixture
 def records():
     """Reads the records of a data set, in order."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    from hqclip_jax.data.record import decode, open_shards
+    from hqclip_jax.data.record import decode
+    from hqclip_jax.data.shards import open_source
 
     def read(directory: Path) -> list:
-        readers = [ArrayRecordReader(shard.filename) for shard in open_shards(directory)]
-        return [decode(entry) for r in readers for entry in r.read(0, r.num_records())]
+        return [decode(entry) for entry in open_source(directory)]
 
     return read
 
