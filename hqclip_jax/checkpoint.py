@@ -208,10 +208,10 @@ class Checkpoints:
 
     def check_best(self, metrics: Collection[str]) -> None:
         """Args:
-            metrics: names of those that there are.
+        metrics: names of those that there are.
 
         Raises:
-        CheckpointError: `checkpoint.best` is none of the metrics.
+            CheckpointError: `checkpoint.best` is none of the metrics.
         """
         if self.best and self.best not in metrics:
             raise CheckpointError(

@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 _KEY = "hqclip_jax/beat/"
-_JOIN = (
-    5.0  # seconds; JAX's service may keep the thread for ever, and then it dies with the process
-)
+# Seconds; JAX's service may keep the thread for ever, and then it dies with the process.
+_JOIN = 5.0
 
 
 class Beat(NamedTuple):

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# Before anything imports JAX; subprocesses inherit all but the last flag. Tests compile much and
+# Before anything imports JAX; subprocesses inherit the first three flags. Tests compile much and
 # compute little, so the code need not be optimised, nor come from the emitters that then take twice
 # as long. Eight devices on two busy cores may keep one another waiting for longer than the 40 s
 # after which XLA aborts the process; for ever where its scheduler lets them begin collectives in
@@ -32,8 +32,8 @@ from hqclip_jax.data import record, tags
 from hqclip_jax.data.record import Record
 
 CPU_FLAGS = os.environ["XLA_FLAGS"]  # what every test of a worker's own process is compiled with
-jax.devices()  # has read them; the TPU's compiler ends a process with a flag that it does not know
-os.environ["XLA_FLAGS"] = CPU_FLAGS.rpartition(" ")[0]
+jax.devices()  # has read them; the TPU's compiler ends a process with the two it does not know
+os.environ["XLA_FLAGS"] = CPU_FLAGS.rsplit(" ", 2)[0]
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 210)}
 
