@@ -214,14 +214,15 @@ def test_four_processes_then_two_then_one(dataset, unbroken, tmp_path):
     """The first leave on SIGTERM, the second are killed, the last ends; the epoch ends between."""
     run = Run(dataset, tmp_path)
     with run.start(4, hold={0: 4}) as group:
-        group.until(lambda: run.reached(4, rank=3))
+        group.until(lambda: run.reached(3) and run.reached(4, rank=3))
         group.send(signal.SIGTERM)
         assert group.ended() == [STOPPED] * 4, group.printed()
-    assert run.saved() == 3
+    saved = run.saved()
+    assert saved in (2, 3)  # the first may still have told it in step 3
     with run.start(2, hold={0: 8, 1: 8}) as group:
         group.until(lambda: run.saved() == 6 and run.reached(7) and run.reached(7, rank=1))
     run.finish(1)
-    assert [min(run.steps_of(life)) for life in range(3)] == [1, 4, 7]
+    assert [min(run.steps_of(life)) for life in range(3)] == [1, saved + 1, 7]
     check_batches(run, unbroken)
     check_losses(run, unbroken)
 
@@ -275,7 +276,7 @@ def test_data_that_hang_are_named_by_both_processes_which_end(
 def test_a_workdir_in_use_is_refused_until_its_holder_is_killed(dataset, tmp_path):
     run = Run(dataset, tmp_path)
     holder = lambda: json.loads((run.workdir / FILE).read_text())["pid"]
-    with run.start(2) as group:
+    with run.start(2, hold={0: 3, 1: 3}) as group:
         group.until(lambda: (run.workdir / FILE).exists())
         for processes in (1, 2):
             with run.start(processes) as second:
