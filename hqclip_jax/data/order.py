@@ -5,13 +5,13 @@ numbers, the seed and the weights follows every later record, whatever reads it:
 devices may change at a restart, and so may the weights.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
@@ -19,9 +19,8 @@ from hqclip_jax.data.record import DatasetError
 
 # Positions after which the pattern of sources repeats: weights have this precision.
 PERIOD = 1 << 16
-# Records up to which an epoch's order is drawn at once: `index_shuffle` permutes 2^16 numbers at
-# least and goes on until one is small enough, which takes ten times as long for a small source.
-KEPT = 1 << 16
+ROUNDS = 6
+_GOLDEN, _ODD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # that mix bits well
 
 
 class Place(NamedTuple):
@@ -56,19 +55,14 @@ class Shuffle:
     records: int
     seed: int
 
-    def __call__(self, index: int) -> tuple[int, int]:
-        """Epoch and record at a place of the stream."""
-        epoch, place = divmod(index, self.records)
-        key, _, _ = self._keys(epoch)
-        if self.records <= KEPT:
-            return epoch, int(_permutation(self.records, key)[place])
-        # Where its largest number is a power of four, `index_shuffle` gives one number twice and
-        # another never. So it is kept odd, and a number too many is passed on to its own image.
-        largest = (self.records - 1) | 1
-        record = grain.experimental.index_shuffle(place, largest, key, 4)
-        if record == self.records:
-            record = grain.experimental.index_shuffle(record, largest, key, 4)
-        return epoch, int(record)
+    def __call__(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and records at places of the stream, int64 [n]."""
+        epoch, place = np.divmod(index, self.records)
+        record = np.empty_like(place)
+        for number in np.unique(epoch):
+            own = epoch == number
+            record[own] = _permuted(place[own], self.records, self._keys(int(number))[0])
+        return epoch, record
 
     def rng(self, epoch: int, record: int) -> np.random.Generator:
         """What decides crop and texts: a function of (seed, source, epoch, record)."""
@@ -87,8 +81,7 @@ class Shuffle:
 @lru_cache(maxsize=256)
 def _epoch_keys(*seeds: int) -> tuple[int, ...]:
     """Seeds of the permutation, of crops and texts, and of stand-ins."""
-    order, *others = np.random.SeedSequence(seeds).generate_state(3, np.uint64)
-    return int(order) & 0xFFFFFFFF, *map(int, others)
+    return tuple(map(int, np.random.SeedSequence(seeds).generate_state(3, np.uint64)))
 
 
 class _PhiloxKey(ISeedSequence):
@@ -106,11 +99,29 @@ def _stream(key: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(_PhiloxKey(number, key)))
 
 
-@lru_cache(maxsize=256)
-def _permutation(records: int, key: int) -> np.ndarray:
-    # Raw words are the same in every version of NumPy, which its own permutations need not be.
-    words = np.random.Philox(_PhiloxKey(0, key)).random_raw(records)
-    return np.argsort(words, kind="stable").astype(np.uint16)
+def _permuted(place: np.ndarray, records: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of `range(records)` takes places, int64 [n].
+
+    A number is written as two digits of bases whose product is hardly more than `records`; by turns
+    each is moved by a hash of the other, which can be undone, and so no two numbers meet: Black and
+    Rogaway's generalized Feistel network (2002). What ends outside goes round again.
+    """
+    base = math.isqrt(records - 1) + 1
+    bases = np.uint64(-(-records // base)), np.uint64(base)
+    keys = np.uint64(key) + _GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64)
+
+    def moved(number: np.ndarray) -> np.ndarray:
+        digits = list(np.divmod(number, bases[1]))
+        for turn, key in enumerate(keys):
+            mixed = (digits[1 - turn % 2] ^ key) * _ODD
+            mixed = (mixed ^ (mixed >> 32)) * _ODD
+            digits[turn % 2] = (digits[turn % 2] + (mixed >> 33)) % bases[turn % 2]
+        return digits[0] * bases[1] + digits[1]
+
+    found = moved(place.astype(np.uint64))
+    while (outside := found >= records).any():
+        found[outside] = moved(found[outside])
+    return found.astype(np.int64)
 
 
 def _pattern(weights: Sequence[float]) -> np.ndarray:
@@ -144,7 +155,9 @@ class Mixture:
     start: int
     _source: np.ndarray = field(init=False, repr=False, compare=False)
     _before: np.ndarray = field(init=False, repr=False, compare=False)
-    _first: list[int] = field(init=False, repr=False, compare=False)  # index at the pattern's first
+    _first: np.ndarray = field(
+        init=False, repr=False, compare=False
+    )  # index at the pattern's first
 
     def __post_init__(self) -> None:
         pattern = _pattern(self.weights)
@@ -159,7 +172,7 @@ class Mixture:
         before = np.concatenate([np.zeros((1, len(self.weights)), int), np.cumsum(drawn, axis=0)])
         object.__setattr__(self, "_source", pattern)
         object.__setattr__(self, "_before", before)
-        object.__setattr__(self, "_first", (self.consumed - self._drawn(self.start)).tolist())
+        object.__setattr__(self, "_first", self.consumed - self._drawn(self.start))
 
     @classmethod
     def resume(
@@ -179,12 +192,18 @@ class Mixture:
         counts = self.consumed + self._drawn(position) - self._drawn(self.start)
         return {shuffle.name: int(n) for shuffle, n in zip(self.shuffles, counts)}
 
-    def __call__(self, position: int) -> Place:
-        periods, rest = divmod(position, PERIOD)
-        source = int(self._source[rest])
-        drawn = periods * int(self._before[-1, source]) + int(self._before[rest, source])
-        index = self._first[source] + drawn
-        return Place(source, index, *self.shuffles[source](index))
+    def __call__(self, positions: range) -> list[Place]:
+        """What stands at consecutive positions; at many together it costs the least."""
+        periods, rest = np.divmod(np.arange(positions.start, positions.stop), PERIOD)
+        source = self._source[rest]
+        index = (
+            self._first[source] + periods * self._before[-1, source] + self._before[rest, source]
+        )
+        epoch, record = np.empty_like(index), np.empty_like(index)
+        for number in np.unique(source):
+            own = source == number
+            epoch[own], record[own] = self.shuffles[number](index[own])
+        return list(map(Place, *(a.tolist() for a in (source, index, epoch, record))))
 
 
 @dataclass(frozen=True)

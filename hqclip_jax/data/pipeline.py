@@ -121,9 +121,11 @@ class LoadBatch(grain.transforms.Map):
 
     def map(self, positions: range) -> NumpyBatch:
         batch = self._empty(len(positions))
+        places = self.mixture(positions)
 
         def fill(rows: slice) -> None:
-            self._fill(positions[rows], {name: array[rows] for name, array in batch.items()})
+            out = {name: array[rows] for name, array in batch.items()}
+            self._fill(positions[rows], places[rows], out)
 
         shares = [slice(first, first + ROWS) for first in range(0, len(positions), ROWS)]
         deque(_decoders(self.config.data.threads).map(fill, shares), maxlen=0)  # raises theirs
@@ -145,8 +147,8 @@ class LoadBatch(grain.transforms.Map):
             batch["tag_ids"] = np.empty((rows, self.config.data.max_tags), np.int32)
         return batch
 
-    def _fill(self, positions: range, out: NumpyBatch) -> None:
-        rows = [self.row(position) for position in positions]
+    def _fill(self, positions: range, places: list[Place], out: NumpyBatch) -> None:
+        rows = [self.row(*found) for found in zip(positions, places)]
         for i, row in enumerate(rows):
             rows[i] = self.picture(row, out["image"][i])
         out["uid"][:] = [row.record.uid.encode() for row in rows]
@@ -163,13 +165,12 @@ class LoadBatch(grain.transforms.Map):
             for ids, row in zip(out["tag_ids"], rows):
                 ids[:] = self.tags.ids(row.record.tags, len(ids))
 
-    def row(self, position: int, replaced: int = 0, attempt: int = 0) -> Row:
+    def row(self, position: int, place: Place, replaced: int = 0, attempt: int = 0) -> Row:
         """The record that stands at a position, or one in its place.
 
         Raises:
             DatasetError: as many as `ATTEMPTS` could not be read.
         """
-        place = self.mixture(position)
         shuffle = self.mixture.shuffles[place.source]
         for tried in range(attempt, ATTEMPTS):
             if tried:
@@ -185,7 +186,7 @@ class LoadBatch(grain.transforms.Map):
             return Row(position, place, record, rng, *texts, replaced, tried)
         raise DatasetError(
             f"{ATTEMPTS} records in a row could not be read, the first of them record "
-            f"{self.mixture(position).record} of source {shuffle.name!r}: "
+            f"{self.mixture(range(position, position + 1))[0].record} of source {shuffle.name!r}: "
             "`python -m hqclip_jax.data.check` says what is wrong with a data set"
         )
 
@@ -200,7 +201,7 @@ class LoadBatch(grain.transforms.Map):
                 return row
             except ImageError as e:
                 replaced = self._count(row.position, row.place, e, row.replaced)
-            row = self.row(row.position, replaced, row.attempt + 1)
+            row = self.row(row.position, row.place, replaced, row.attempt + 1)
 
     def texts(self, record: Record, rng: np.random.Generator) -> tuple[str, str]:
         positive = self.choice.positive(record.caption, record.desc, rng)
@@ -297,8 +298,7 @@ class Pipeline:
         context = self.config.model.context_length
         long: dict[str, list[bool]] = {"caption": [], "desc": [], "neg_desc": []}
         start = self.mixture.start
-        for position in range(start, start + min(sample, sum(self.records.values()))):
-            place = self.mixture(position)
+        for place in self.mixture(range(start, start + min(sample, sum(self.records.values())))):
             try:
                 record = decode(self.load.sources[place.source][place.record])
             except RecordError:

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hqclip_jax.data.order import KEPT, PERIOD, HostBatches, Mixture, Place, Shuffle
+from hqclip_jax.data.order import PERIOD, HostBatches, Mixture, Place, Shuffle
 from hqclip_jax.data.record import DatasetError
 
 SIZES = {"a": 200, "b": 150, "c": 90}
@@ -20,37 +20,53 @@ def fresh(names: str, weights: list[float]) -> Mixture:
 
 def read(mixture: Mixture, count: int, start: int | None = None) -> list[Place]:
     start = mixture.start if start is None else start
-    return [mixture(position) for position in range(start, start + count)]
+    return mixture(range(start, start + count))
 
 
-@pytest.mark.parametrize("records", [2, 61, KEPT, KEPT + 1, KEPT + 2])
+def records_of(shuffle: Shuffle, start: int, count: int) -> list[int]:
+    return shuffle(np.arange(start, start + count))[1].tolist()
+
+
+@pytest.mark.parametrize("records", [1, 2, 3, 61, 256, 257, 2**16, 2**16 + 1, 2**16 + 2])
 def test_every_record_once_an_epoch(records):
-    shuffle = Shuffle("a", records, seed=3)
-    for epoch in range(2):
-        found = [shuffle(records * epoch + i) for i in range(records)]
-        assert {e for e, _ in found} == {epoch}
-        assert sorted(record for _, record in found) == list(range(records))
+    epochs, found = Shuffle("a", records, seed=3)(np.arange(3 * records))
+    for epoch in range(3):
+        assert sorted(found[epochs == epoch]) == list(range(records))
+    assert np.array_equal(epochs, np.repeat(range(3), records))
+
+
+def test_every_record_comes_as_often_at_every_place_and_behind_every_other():
+    places, epochs = 61, 6100
+    orders = Shuffle("a", places, seed=3)(np.arange(places * epochs))[1].reshape(epochs, places)
+    steps = np.diff(orders) % places
+    for drawn, outcomes in ((orders, range(places)), (steps, range(1, places))):
+        counts = np.array([(drawn == outcome).sum(axis=0) for outcome in outcomes])
+        expected = epochs / len(outcomes)
+        # Chi-squared by its degrees of freedom, of which there are thousands: nearly 1.
+        assert ((counts - expected) ** 2).mean() / expected == pytest.approx(1, abs=0.1)
+
+
+def test_places_may_be_asked_for_one_by_one():
+    shuffle, mixture = Shuffle("a", 61, seed=3), fresh("abc", [3, 2, 1])
+    assert [records_of(shuffle, i, 1)[0] for i in range(150)] == records_of(shuffle, 0, 150)
+    assert [mixture(range(i, i + 1))[0] for i in range(700)] == mixture(range(700))
 
 
 @pytest.mark.parametrize("records", [61, 10**6])
 def test_another_order_every_epoch_for_every_seed_and_every_source(records):
     begins = [
-        [Shuffle(name, records, seed)(records * epoch + i)[1] for i in range(20)]
+        records_of(Shuffle(name, records, seed), records * epoch, 20)
         for name, seed, epoch in (("a", 3, 0), ("a", 3, 1), ("a", 3, 2), ("a", 4, 0), ("b", 3, 0))
     ]
     assert len({tuple(begin) for begin in begins}) == 5
 
 
-def test_one_record_is_an_epoch_too():
-    assert [Shuffle("a", 1, 0)(i) for i in range(3)] == [(0, 0), (1, 0), (2, 0)]
-
-
 def test_no_memory_at_the_real_size():
     shuffle = Shuffle("a", 1_370_000_000, seed=0)
-    shuffle(0)
+    records_of(shuffle, 0, 1)
     tracemalloc.start()
     try:
-        seen = {shuffle(i)[1] for i in range(1000)} | {shuffle(2**40)[1]}
+        seen = {*records_of(shuffle, 0, 1000), *records_of(shuffle, 2**40, 1)}
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -61,10 +77,9 @@ def test_no_memory_at_the_real_size():
 def test_a_stored_run_finds_the_order_it_was_begun_with():
     # Written down, because other processes and later versions must come to the same.
     shuffle = Shuffle("train", 10, seed=1)
-    assert [shuffle(i)[1] for i in range(10)] == [3, 1, 7, 4, 2, 0, 8, 5, 9, 6]
-    assert [shuffle(i)[1] for i in range(10, 20)] == [8, 7, 0, 4, 3, 9, 5, 1, 6, 2]
-    large = Shuffle("train", 10**9, seed=1)
-    assert [large(i)[1] for i in range(3)] == [759512611, 770453462, 740232420]
+    assert records_of(shuffle, 0, 10) == [9, 3, 7, 6, 8, 4, 2, 0, 5, 1]
+    assert records_of(shuffle, 10, 10) == [3, 2, 8, 0, 4, 7, 1, 9, 5, 6]
+    assert records_of(Shuffle("train", 10**9, seed=1), 0, 3) == [638678351, 688400122, 151144649]
     assert [shuffle.stand_in(0, 4, attempt) for attempt in range(1, 6)] == [0, 5, 3, 2, 4]
     assert shuffle.rng(1, 4).integers(1000, size=4).tolist() == [983, 892, 718, 365]
 
@@ -139,7 +154,7 @@ def test_consumed_is_what_counting_says(start):
     counts = Counter(mixture.consumed_at(start))
     for position in range(start, start + 200):
         assert mixture.consumed_at(position) == counts
-        counts["abc"[mixture(position).source]] += 1
+        counts["abc"[read(mixture, 1, position)[0].source]] += 1
 
 
 def test_each_source_keeps_its_position_when_the_mixture_changes():
@@ -163,7 +178,8 @@ def test_each_source_keeps_its_position_when_the_mixture_changes():
     for shuffle in shuffles("abc"):
         places = found[shuffle.name]
         assert [p.index for p in places] == list(range(len(places)))
-        assert [p[2:] for p in places] == [shuffle(i) for i in range(len(places))]
+        expected = shuffle(np.arange(len(places)))
+        assert [p[2:] for p in places] == list(zip(*(a.tolist() for a in expected)))
         assert len(places) > shuffle.records  # the next epoch is under way
 
 

@@ -52,7 +52,7 @@ class Spoiled(SimpleNamespace):
     def tried(self, position: int) -> list[int]:
         """Numbers of the records that are tried at a position, the last of which is read."""
         shuffle = Shuffle("train", len(self.records), seed=0)
-        epoch, number = shuffle(position)
+        (epoch,), (number,) = (found.tolist() for found in shuffle(np.array([position])))
         numbers = [number]
         while numbers[-1] in self.bad:
             numbers.append(shuffle.stand_in(epoch, position, len(numbers)))
@@ -127,7 +127,7 @@ def test_replacements_are_the_same_in_a_mixture(spoiled, whole, dataset):
     path = f"other:1={dataset},train:2={spoiled.directory}"
     p = pipeline(path, 60, max_pixels=MAX_PIXELS)
     rows = join(take(p, 2))
-    ours = np.array([p.mixture(position).source == 1 for position in range(120)])
+    ours = np.array([place.source == 1 for place in p.mixture(range(120))])
     assert ours.sum() == 80 and not rows["replaced"][~ours].any()
     rows.pop("tag_ids"), (alone := dict(whole)).pop("tag_ids")  # another vocabulary
     assert same({k: v[ours] for k, v in rows.items()}, alone)
