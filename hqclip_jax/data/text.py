@@ -1,6 +1,7 @@
 """Text: the one cleaning every string passes, and which texts an example trains on."""
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import ftfy
 import numpy as np
 
 LIST_FORMS = ("join", "shuffle", "sample", "first")
+# No character has a number this long, and Python refuses to read one of thousands of digits.
+_NO_CHARACTER = re.compile(r"&#\d{8,};?")
 
 
 def clean(text: str) -> str:
@@ -17,7 +20,9 @@ def clean(text: str) -> str:
     prompt or evaluation query: it costs more than tokenising, so the training path never runs it.
     """
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = ftfy.fix_text(text)
+        for _ in range(2):
+            text = html.unescape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text))
     # Plain ASCII has nothing to mend; going past ftfy is fourteen times faster.
     return " ".join(text.split())
 

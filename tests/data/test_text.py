@@ -17,6 +17,8 @@ from hqclip_jax.data.text import TextChoice, clean, list_to_text
         ("schÃ¶n", "schön"),  # UTF-8 read as Latin-1
         ("“quoted”", '"quoted"'),
         ("", ""),
+        (f"one &#{'1' * 5000}; two", "one � two"),  # no such character
+        (f"one &amp;#{'1' * 5000} two", "one � two"),
     ],
 )
 def test_clean(raw, cleaned):
