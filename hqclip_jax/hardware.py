@@ -99,6 +99,6 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
             platform="tpu", topology_name=name, num_slices=slices, **options
         ).devices
     except ModuleNotFoundError as e:
-        raise ConfigError(f"--topology={name} needs libtpu: pip install libtpu") from e
+        raise ConfigError(f"--topology={name} needs libtpu: pip install 'jax[tpu]'") from e
     except Exception as e:  # jaxlib's error type is no public name
         raise ConfigError(f"--topology={name}: {str(e).splitlines()[0]}") from e

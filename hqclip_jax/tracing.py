@@ -64,8 +64,8 @@ class Tracer:
         if not self._until:
             try:
                 options = jax.profiler.ProfileOptions()
-                # Hooking into Python while threads come and go has crashed the interpreter, and
-                # what the host does is in the trace without.
+                # A hook at every call of Python's slows down what is traced, and what the host
+                # does is in the trace without.
                 options.python_tracer_level = 0
                 jax.profiler.start_trace(self.folder, profiler_options=options)
             except _FAILURES as e:

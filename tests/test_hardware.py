@@ -24,6 +24,13 @@ def test_slices_multiply_and_are_told_apart():
     assert {device.slice_index for device in devices} == {0, 1}
 
 
+def test_a_trace_can_be_taken_where_the_compiler_for_tpus_is_loaded(tmp_path):
+    topology_devices("v5e:2x2")
+    with jax.profiler.trace(tmp_path):  # a libtpu that is not this JAX's own ends the process here
+        jax.block_until_ready(jax.numpy.zeros(1))
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:3x5", "8xH100"])
 def test_an_unknown_topology_is_refused_with_what_is_known(name):
     with pytest.raises(ConfigError, match=re.escape(f"--topology={name}")):
