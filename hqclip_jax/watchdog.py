@@ -22,6 +22,9 @@ STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 _KEY = "hqclip_jax/beat/"
 # Seconds; JAX's service may keep the thread for ever, and then it dies with the process.
 _JOIN = 5.0
+# Seconds that the first process of several stays longer: its end, which takes JAX's service away,
+# aborts the others before they have told theirs.
+_LAST = 10.0
 
 
 class Beat(NamedTuple):
@@ -125,7 +128,8 @@ class Watchdog:
                 own.since, " and ".join(map(str, late)), own, self._stacks,
             )  # fmt: skip
             self._dump(own)
-        if own.since >= self.config.abort:
+        first_of_many = self._client is not None and own.host == 0
+        if own.since >= self.config.abort + _LAST * first_of_many:
             log.error(
                 "no step for %.0f s, watchdog.abort=%g: ending with status %d; started again the "
                 "run continues from its last checkpoint", own.since, self.config.abort, STATUS,

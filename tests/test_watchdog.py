@@ -110,6 +110,14 @@ def test_a_run_that_stays_still_is_ended_with_a_status_that_asks_to_try_again(ma
     assert "watchdog.abort=1000: ending with status 75" in caplog.messages[-1]
 
 
+def test_the_first_of_several_ends_last(made):
+    told = made(Service())
+    for seconds, ended in ((1009.9, []), (1010.0, [75])):
+        told.now = 50.0 + seconds
+        told.dog.look()
+        assert told.ended == ended
+
+
 def test_it_ends_even_where_no_stacks_can_be_written(made, caplog):
     told = made()
     told.stacks.mkdir()
@@ -162,7 +170,7 @@ def test_a_service_that_is_gone_stops_neither_complaint_nor_end(made, caplog):
     for _ in range(3):
         told.dog.look()
     assert len(caplog.messages) == 1 and "takes no sign of life" in caplog.text
-    told.now += 1000
+    told.now += 1010
     told.dog.look()
     assert "what the other hosts do is not known" in caplog.text
     assert "late is host 0 (here), starting at step 0" in caplog.text
