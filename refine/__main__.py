@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from refine.arguments import identifier, megabytes, positive
 from refine.errors import RefineError
 from refine.progress import console
 
@@ -76,22 +76,22 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
     run.add_argument("--output", required=True, type=Path, metavar="DIR", help="the data set")
     run.add_argument("--uids", type=Path, metavar="FILE.npy", help="keep only these uids")
-    run.add_argument("--name", default="refined", type=_identifier, help="default: refined")
-    run.add_argument("--split", default="train", type=_identifier, help="default: train")
+    run.add_argument("--name", default="refined", type=identifier, help="default: refined")
+    run.add_argument("--split", default="train", type=identifier, help="default: train")
     run.add_argument(
-        "--workers", type=_positive, default=os.cpu_count(), help="processes; default: one a core"
+        "--workers", type=positive, default=os.cpu_count(), help="processes; default: one a core"
     )
     run.add_argument(
         "--shard-mb",
-        type=_megabytes,
+        type=megabytes,
         default=512.0,
         help="megabytes in a shard, about: an input tar that yields more gives several, small ones "
         "share one; default: 512",
     )
-    run.add_argument("--limit", type=_positive, metavar="N", help="read only the first N pairs")
+    run.add_argument("--limit", type=positive, metavar="N", help="read only the first N pairs")
     run.add_argument(
         "--max-pixels",
-        type=_positive,
+        type=positive,
         default=89_478_485,
         help="larger images are skipped before they are decoded; default: 89,478,485",
     )
@@ -148,26 +148,6 @@ def _run(args: argparse.Namespace) -> None:
         workers=args.workers,
     )
     run(asked)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _megabytes(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return value
-
-
-def _identifier(text: str) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: use lower-case letters, digits and _")
-    return text
 
 
 if __name__ == "__main__":
