@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -15,7 +14,7 @@ from refine.__main__ import main
 from refine.gallery_page import thumbnail
 from refine.outputs import Output
 from refine.specimens import draw_records, draw_rejected
-from tests.conftest import make_record, write_dataset
+from tests.refine.outputs import make_record, write_output
 
 HOSTILE = (
     "<script>document.body.innerHTML='OWNED'</script>",
@@ -47,16 +46,6 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
-def write_output(tmp_path, records, rejected=(), **manifest):
-    directory = write_dataset(tmp_path / "out", [records])
-    path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | manifest))
-    if rejected:
-        lines = (json.dumps(pair) + "\n" for pair in rejected)
-        (directory / "quarantine.jsonl").write_text("".join(lines))
-    return directory
-
-
 def rejected(number, **fields):
     pair = {
         "uid": f"{number:032x}", "source": "0.tar", "key": f"k{number}", "caption": "a caption",
@@ -86,7 +75,7 @@ def test_differing_words_of_a_pair_are_marked_wherever_it_stands(tmp_path):
         tags=("red apple", "sky"),
         neg_tags=("red pear",),
     )
-    page = render(write_output(tmp_path, [record]))
+    page = render(write_output(tmp_path / "out", [[record]]))
     marked = re.findall(r"<mark><bdi>(.*?)</bdi></mark>", page)
     assert marked == ["apple on", "pear under", "blue", "green", "apple", "pear"]
     rows = re.findall(r'<div class="two">(.*?)</div></div>', page)
@@ -103,14 +92,14 @@ def test_a_negative_that_equals_its_positive_is_pointed_out(tmp_path):
         "0" * 32, make_record(0).image, desc=("A red apple.",), neg_desc=("a red apple",),
         tags=("apple",), neg_tags=("pear",),
     )  # fmt: skip
-    assert render(write_output(tmp_path, [record])).count("same as the positive") == 1
+    assert render(write_output(tmp_path / "out", [[record]])).count("same as the positive") == 1
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_from_outside_becomes_markup(tmp_path, text):
     directory = write_output(
-        tmp_path,
-        [hostile_record(1, text)],
+        tmp_path / "out",
+        [[hostile_record(1, text)]],
         [rejected(1, **dict.fromkeys(("caption", "reason", "detail", "raw", "key", "uid"), text))],
         counts={text: 3, "joined": 1},
         plan={"refiner": f"vllm:{text}:0123456789ab"},
@@ -120,7 +109,7 @@ def test_nothing_from_outside_becomes_markup(tmp_path, text):
     page = Page(render(directory))
     tame = write_output(
         tmp_path / "tame",
-        [hostile_record(1, "tame")],
+        [[hostile_record(1, "tame")]],
         [rejected(1, **dict.fromkeys(("caption", "reason", "detail", "raw", "key", "uid"), "t"))],
         counts={"tame": 3, "joined": 1},
         plan={"refiner": "vllm:tame:0123456789ab"},
@@ -138,7 +127,7 @@ def test_nothing_from_outside_becomes_markup(tmp_path, text):
 
 
 def test_the_policy_forbids_scripts_and_loads_before_anything_else_stands(tmp_path):
-    page = render(write_output(tmp_path, [make_record(0)]))
+    page = render(write_output(tmp_path / "out", [[make_record(0)]]))
     policy = page.index("Content-Security-Policy")
     assert policy < page.index("<style")
     content = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
@@ -151,14 +140,16 @@ def test_the_policy_forbids_scripts_and_loads_before_anything_else_stands(tmp_pa
 
 def test_characters_that_cannot_be_seen_are_shown_by_number(tmp_path):
     text = "safe\u202egpj.exe\u202c zero\u200bwidth \x1b[31m nul\x00 \u2028 \ufeff soft\u00ad"
-    page = render(write_output(tmp_path, [hostile_record(1, text)]))
+    page = render(write_output(tmp_path / "out", [[hostile_record(1, text)]]))
     assert not set(page) & set("\u202e\u202c\u200b\x1b\x00\u2028\ufeff\u00ad")
     for point in ("202E", "202C", "200B", "001B", "0000", "2028", "FEFF", "00AD"):
         assert f'<code class="point">U+{point}</code>' in page
 
 
 def test_half_of_a_surrogate_pair_does_not_stop_the_page(tmp_path):
-    page = render(write_output(tmp_path, [make_record(0)], [rejected(1, raw="\ud800 lone")]))
+    page = render(
+        write_output(tmp_path / "out", [[make_record(0)]], [rejected(1, raw="\ud800 lone")])
+    )
     assert "U+D800" in page
 
 
@@ -167,7 +158,7 @@ def test_long_texts_are_folded_and_cut(tmp_path):
         "0" * 32, make_record(0).image, caption="x" * 100_000, desc=("y" * 100_000,),
         neg_desc=tuple(f"number {n}" for n in range(100)), tags=("z" * 100_000,),
     )  # fmt: skip
-    page = render(write_output(tmp_path, [record], [rejected(1, raw="w" * 100_000)]))
+    page = render(write_output(tmp_path / "out", [[record]], [rejected(1, raw="w" * 100_000)]))
     assert len(page) < 100_000
     assert page.count("cut here: the text has 100,000 characters") == 4
     assert page.count("<details><summary>99,400 characters more") == 4
@@ -191,13 +182,17 @@ def test_a_thumbnail_has_no_byte_of_the_file(tmp_path):
 
 def test_a_picture_that_does_not_decode_says_so(tmp_path):
     record = Record("0" * 32, b"<svg onload=alert(1)>", caption="no picture")
-    page = Page(render(write_output(tmp_path, [record])))
+    page = Page(render(write_output(tmp_path / "out", [[record]])))
     assert "UnidentifiedImageError" in page.text
     assert not [tag for tag, _ in page.tags if tag == "img"]
 
 
 def test_records_are_drawn_by_seed_and_no_others_are_read(tmp_path, monkeypatch):
-    output = Output.open(write_output(tmp_path, [make_record(i) for i in range(40)]))
+    output = Output.open(
+        write_output(
+            tmp_path / "out", [[make_record(i) for i in range(k, k + 20)] for k in (0, 20)]
+        )
+    )
     read = []
     plain = Output.record
     monkeypatch.setattr(Output, "record", lambda self, n: read.append(n) or plain(self, n))
@@ -212,7 +207,9 @@ def test_records_are_drawn_by_seed_and_no_others_are_read(tmp_path, monkeypatch)
 
 
 def test_rejected_pairs_are_drawn_by_seed_from_the_whole_file(tmp_path):
-    output = Output.open(write_output(tmp_path, [make_record(0)], [rejected(n) for n in range(30)]))
+    output = Output.open(
+        write_output(tmp_path / "out", [[make_record(0)]], [rejected(n) for n in range(30)])
+    )
     keys = [pair.key for pair in draw_rejected(output, 4, seed=0)]
     assert keys == [pair.key for pair in draw_rejected(output, 4, seed=0)]
     assert keys == sorted(keys, key=lambda key: int(key[1:]))
@@ -229,7 +226,9 @@ def test_quarantine_shows_reason_output_counts_and_the_pictures_of_input(tmp_pat
         rejected(4, source="1.tar", key=f"{4:09d}"),
         rejected(5, source="1.tar", key="gone"),
     ]
-    directory = write_output(tmp_path, [make_record(0)], pairs, counts={"pairs": 4, "joined": 1})
+    directory = write_output(
+        tmp_path / "out", [[make_record(0)]], pairs, counts={"pairs": 4, "joined": 1}
+    )
     page = render(directory, "--input", tmp_path / "in")
     shown = Page(page)
     images = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', page)
@@ -242,7 +241,7 @@ def test_quarantine_shows_reason_output_counts_and_the_pictures_of_input(tmp_pat
 
 
 def test_lines_that_are_no_objects_are_shown_as_they_are(tmp_path):
-    directory = write_output(tmp_path, [make_record(0)])
+    directory = write_output(tmp_path / "out", [[make_record(0)]])
     (directory / "quarantine.jsonl").write_text('<b>torn\n[1]\n{"reason": ["x"], "raw": null}\n')
     page = html.unescape(render(directory))
     assert "unreadable line" in page and "<b>torn" in page and "['x']" in page
@@ -250,7 +249,7 @@ def test_lines_that_are_no_objects_are_shown_as_they_are(tmp_path):
 
 def test_the_header_names_engine_model_and_prompt(tmp_path):
     directory = write_output(
-        tmp_path, [make_record(0)], plan={"refiner": "openai:org/model:8b:0123456789ab"},
+        tmp_path / "out", [[make_record(0)]], plan={"refiner": "openai:org/model:8b:0123456789ab"},
         engine_stats={"images_per_second": 3.25, "answers": 1_234_567},
     )  # fmt: skip
     text = Page(render(directory, "-n", 1)).text
