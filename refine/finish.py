@@ -4,8 +4,10 @@ Everything here follows from the parts alone and can be done again after a kill 
 shard gets its final name in one rename, and the parts stay until the manifest is written.
 """
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from hqclip_jax.data.record import Shard, decode, shard_name
+from refine.engines import Sums
 from refine.ledger import SKIPPED_FILE, Ledger
 from refine.parallel import ordered_map
 from refine.progress import progress
-from refine.sink import SEEN_FILE, Part, ShardWriter, record_tags
+from refine.sink import QUARANTINE_FILE, Part, ShardWriter, record_tags
 from refine.sources import Skip, read_skips
 from refine.storage import sha256
 from refine.uids import UidTable, read_entries, repeats, to_hex
@@ -47,9 +50,8 @@ class Losers:
         return slice(int(start), int(stop))
 
 
-def collect_seen(parts: Sequence[Path], directory: Path, least: int, workers: int) -> UidTable:
-    """Sorts the uids of all parts on disk."""
-    files = [part / SEEN_FILE for part in parts]
+def collect_seen(files: Sequence[Path], directory: Path, least: int, workers: int) -> UidTable:
+    """Sorts the uids of all parts on disk; `files` are their `seen.bin`."""
     rows = sum(file.stat().st_size for file in files) // 32
     chunks = (chunk for file in files for chunk in read_entries(file))
     return UidTable.build(directory, chunks, rows, workers, least)
@@ -75,24 +77,32 @@ def find_losers(seen: UidTable) -> Losers:
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard of a part, and the numbers of the records in it that are dropped."""
+    """A shard of a part, and the numbers of the records in it that are dropped.
+
+    Attributes:
+        path: where it lies.
+        shard: what it holds.
+        drop: numbers of records.
+        keep: the file stays where it is; otherwise it may be moved.
+    """
 
     path: Path
     shard: Shard
     drop: tuple[int, ...] = ()
+    keep: bool = False
 
     @property
     def kept(self) -> int:
         return self.shard.records - len(self.drop)
 
 
-def pieces(number: int, part: Part, losers: Losers) -> list[Piece]:
-    """The shards of a part that keep a record."""
+def pieces(number: int, part: Part, losers: Losers, keep: bool) -> list[Piece]:
+    """The shards of a part, and what is dropped of each."""
     lost = losers.record[losers.of(number)]
     found, first = [], 0
     for shard in part.shards:
         inside = lost[(lost >= first) & (lost < first + shard.records)] - first
-        found.append(Piece(part.directory / shard.file, shard, tuple(inside.tolist())))
+        found.append(Piece(part.directory / shard.file, shard, tuple(inside.tolist()), keep))
         first += shard.records
     return found
 
@@ -118,7 +128,10 @@ def seal(_: None, job: tuple[list[Piece], Path, Path]) -> Shard:
         records = sum(piece.kept for piece in group)
         return Shard(target.name, records, target.stat().st_size, sha256(target))
     if len(group) == 1 and not group[0].drop:
-        group[0].path.rename(target)
+        if group[0].keep:
+            _link(group[0].path, target, scratch)
+        else:
+            group[0].path.rename(target)
         return replace(group[0].shard, file=target.name)
     writer = ShardWriter(scratch / target.name)
     for piece in group:
@@ -129,6 +142,15 @@ def seal(_: None, job: tuple[list[Piece], Path, Path]) -> Shard:
     shard = writer.close()
     writer.path.rename(target)
     return shard
+
+
+def _link(path: Path, target: Path, scratch: Path) -> None:
+    """Gives a file one more name, or copies it where its file system has no such thing."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, scratch / target.name)
+        (scratch / target.name).rename(target)
 
 
 def write_shards(
@@ -164,26 +186,53 @@ def tags_of_dropped(found: Sequence[Piece]) -> Counter[str]:
     return tags
 
 
-def gather(
-    parts: Sequence[Path], names: Sequence[str], losers: Losers, ledger: Ledger
-) -> tuple[list[Piece], Counter[str]]:
-    """Adds up the parts: their pieces, and in how many kept records each tag occurs.
+@dataclass(frozen=True)
+class Gathered:
+    """What the parts add up to.
 
-    The counts and the names of what was skipped go to the ledger, in the order of the tars.
+    Attributes:
+        pieces: their shards, in order.
+        tags: in how many kept records each tag occurs.
+        sums: what the engine counted beside the pairs.
+    """
+
+    pieces: list[Piece]
+    tags: Counter[str]
+    sums: dict[str, float]
+
+
+def gather(
+    parts: Iterable[Part],
+    names: Sequence[str],
+    losers: Losers,
+    ledger: Ledger,
+    quarantine: Path,
+    keep: bool = False,
+) -> Gathered:
+    """Adds up the parts.
+
+    The counts and the names of what was skipped go to the ledger, and what a model said of pairs of
+    which it made nothing to the file `quarantine`, where there are such, in the order of the parts.
+    With `keep` the parts stay as they are.
     """
     found: list[Piece] = []
     tags: Counter[str] = Counter()
-    for number, directory in enumerate(parts):
-        part = Part.load(directory)
-        ledger.include(part.counts, read_skips(directory / SKIPPED_FILE), part.named)
+    sums = Sums()
+    for number, part in enumerate(parts):
+        ledger.include(part.counts, read_skips(part.directory / SKIPPED_FILE), part.named)
         mine = losers.of(number)
         ledger.add("duplicate_uid", mine.stop - mine.start, _named(losers, mine, names))
         ledger.counts["joined"] -= mine.stop - mine.start
-        here = pieces(number, part, losers)
+        here = pieces(number, part, losers, keep)
         tags.update(part.tags)
         tags.subtract(tags_of_dropped(here))
         found += here
-    return found, +tags
+        sums.add(**part.sums)
+        held = part.directory / QUARANTINE_FILE
+        if held.exists():
+            with open(quarantine, "ab") as out, open(held, "rb") as file:
+                shutil.copyfileobj(file, out)
+    return Gathered(found, +tags, sums.values)
 
 
 def _named(losers: Losers, rows: slice, names: Sequence[str]) -> Iterator[Skip]:

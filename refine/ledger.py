@@ -8,6 +8,7 @@ from pathlib import Path
 from refine.sources import Skip
 
 SKIPPED_FILE = "skipped.jsonl"
+UNNAMED = {"not_in_subset"}  # most of the input: the list names the rest
 NAMED = 1_000_000  # per reason: a run over a slice of the images lacks a billion annotations' pairs
 
 
@@ -35,7 +36,7 @@ class Ledger:
         self._file.close()
 
     def skip(self, skip: Skip) -> None:
-        self.add(skip.reason, 1, (skip,))
+        self.add(skip.reason, 1, () if skip.reason in UNNAMED else (skip,))
 
     def add(self, reason: str, count: int, names: Iterable[Skip] = ()) -> None:
         """Counts `count` things, and names those that are still within the limit."""

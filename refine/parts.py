@@ -1,14 +1,19 @@
-"""One tar of pairs to one part of the data set: read, choose, refine, check the image, write."""
+"""One input to one part of the data set: read, choose, refine, check the image, write."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hqclip_jax.data.record import Record
-from refine.engines import Engine, Refiner
+from refine.engines import Engine, Quarantined, Refined, Refiner, Sums
+from refine.inputs import Input
+from refine.journal import journal_folder
 from refine.sink import PartWriter
-from refine.sources import ImageError, Pair, Skip, image_size, read_pairs
+from refine.sources import BROKEN, ImageError, Pair, Skip, image_size
 from refine.uids import Subset, from_hex
+
+FETCHED = "fetched"
 
 
 @dataclass(frozen=True)
@@ -16,26 +21,31 @@ class Job:
     """What a process needs to know to make any part.
 
     Attributes:
-        tars: the input tars, in the order that numbers the parts.
-        names: their names in records and in `skipped.jsonl`.
+        inputs: in the order that numbers the parts.
+        limits: how many pairs each gives, for those that do not give all.
         parts: the directory of the parts.
         engine: prepared.
         uids: a list of the uids to keep, or None for all.
-        max_pixels: larger images are skipped.
+        skip_pixels: larger images are skipped.
         shard_bytes: where a shard is closed.
     """
 
-    tars: tuple[Path, ...]
-    names: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    limits: dict[int, int]
     parts: Path
     engine: Engine
     uids: Path | None
-    max_pixels: int
+    skip_pixels: int
     shard_bytes: int
 
     def open(self) -> "PartMaker":
         subset = self.uids and Subset(self.uids)
         return PartMaker(self, self.engine.open(), self.engine.refiner, subset)
+
+    @property
+    def scratch(self) -> Path:
+        """Where inputs that lie elsewhere are kept while their part is made."""
+        return self.parts / FETCHED
 
 
 @dataclass
@@ -47,57 +57,78 @@ class PartMaker:
     refiner: str
     subset: Subset | None
 
-    def make(self, number: int, limit: int | None = None) -> int:
-        """Writes a part from a tar, or from its first `limit` pairs, and returns how many pairs it
-        read."""
+    def make(self, number: int) -> int:
+        """Writes a part and returns how many pairs it read."""
         job = self.job
+        given = job.inputs[number]
+        here = given.local(job.scratch)
         with PartWriter(job.parts, number, job.shard_bytes) as part:
-            source = _Counted(read_pairs(job.tars[number], job.names[number]), limit)
-            for result in self.refine(self._wanted(source, part)):
-                if isinstance(result, Skip):
+            source = _Counted(here.pairs(), job.limits.get(number))
+            for result in self.refine(self.wanted(source, part.skip), number):
+                if isinstance(result, Refined):
+                    self._add(part, result)
+                elif isinstance(result, Quarantined):
+                    part.quarantine(result)
+                elif isinstance(result, Sums):
+                    part.sums.add(**result.values)
+                else:
                     part.skip(result)
-                    continue
-                pair, texts = result
-                try:
-                    width, height = image_size(pair.image, job.max_pixels)
-                except ImageError as e:
-                    part.skip(pair.skip(e.reason, str(e)))
-                    continue
-                part.add(
-                    Record(
-                        uid=pair.uid,
-                        image=pair.image,
-                        caption=pair.caption,
-                        width=width,
-                        height=height,
-                        source=pair.source,
-                        refiner=self.refiner,
-                        **vars(texts),
-                    )
-                )
             part.seal(source.pairs)
+        shutil.rmtree(journal_folder(job.parts, number), ignore_errors=True)
+        given.release(job.scratch)
         return source.pairs
 
-    def _wanted(self, items: Iterator[Pair | Skip], part: PartWriter) -> Iterator[Pair]:
+    def pairs(self, number: int) -> Iterator[Pair]:
+        """The pairs of a part that are to be refined."""
+        job = self.job
+        here = job.inputs[number].local(job.scratch)
+        return self.wanted(_Counted(here.pairs(), job.limits.get(number)), lambda item: None)
+
+    def wanted(self, items: "_Counted", passed_over: Callable[[Skip], None]) -> Iterator[Pair]:
+        """The pairs among what a source gives whose uid is asked for.
+
+        Args:
+            items: of the source.
+            passed_over: is given the others.
+        """
         for item in items:
             if item.uid and self.subset and not self.subset.contains(from_hex(item.uid))[0]:
-                # Counted and not named: they are most of the input, and the list names the rest.
-                part.ledger.add("not_in_subset", 1)
+                passed_over(Skip("not_in_subset"))
             elif isinstance(item, Skip):
-                part.skip(item)
+                passed_over(item)
             else:
                 yield item
 
+    def _add(self, part: PartWriter, refined: Refined) -> None:
+        pair = refined.pair
+        try:
+            width, height = image_size(pair.image, self.job.skip_pixels)
+        except ImageError as e:
+            part.skip(pair.skip(e.reason, str(e)))
+            return
+        part.add(
+            Record(
+                uid=pair.uid,
+                image=pair.image,
+                caption=pair.caption,
+                width=width,
+                height=height,
+                source=pair.source,
+                refiner=refined.refiner or self.refiner,
+                **vars(refined.texts),
+            )
+        )
+
 
 class _Counted:
-    """Passes items on until `limit` pairs have come; a tar that breaks off is no pair."""
+    """Passes items on until `limit` pairs have come; a file that breaks off is no pair."""
 
     def __init__(self, items: Iterator[Pair | Skip], limit: int | None):
         self._items, self._limit, self.pairs = items, limit, 0
 
     def __iter__(self) -> Iterator[Pair | Skip]:
         for item in self._items:
-            self.pairs += getattr(item, "reason", "") != "broken_tar"
+            self.pairs += not (isinstance(item, Skip) and item.reason in BROKEN)
             yield item
             if self.pairs == self._limit:
                 return

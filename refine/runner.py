@@ -1,59 +1,62 @@
 """A whole run: inputs checked, parts made in parallel, a data set at the end.
 
     OUTPUT/.parts/run.json   what was asked for: a rerun must ask for the same
-    OUTPUT/.parts/NNNNNN/    one finished part per input tar
+    OUTPUT/.parts/NNNNNN/    one finished part per input
+    OUTPUT/.parts/NNNNNN.journal/   answers of a model for a part that is not finished
     OUTPUT/.index/           the annotation index, unless --index puts it elsewhere
 
 Both directories are removed when the data set is complete, which is when `manifest.json` is there.
 """
 
-import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.table import Table
+from typing import Protocol
 
 from hqclip_jax.data.record import MANIFEST_FILE, write_metadata
 from hqclip_jax.data.tags import write_counts
 from refine.engines import Engine
 from refine.errors import RefineError
 from refine.finish import collect_seen, find_losers, gather, write_shards
+from refine.inputs import Input, fingerprint
 from refine.ledger import SKIPPED_FILE, Ledger
+from refine.manifest import code_version, engine_stats, ordered, show
 from refine.parallel import ordered_map
-from refine.parts import Job, make_part
+from refine.parts import FETCHED, Job, make_part
 from refine.progress import console, progress
-from refine.sink import Part, part_directory
+from refine.sink import QUARANTINE_FILE, SEEN_FILE, Part, part_directory
 from refine.storage import locked, write_json
-from refine.tars import fingerprint, short_names
+from refine.tars import fingerprint as file_fingerprint
 from refine.uids import Subset
 
 PARTS, RUN_FILE, INDEX = ".parts", "run.json", ".index"
-COUNTS = {
-    "pairs": "pairs read",
-    "joined": "records written",
-    "duplicate_uid": "duplicate uid",
-    "not_in_subset": "not in the uid subset",
-    "missing_annotation": "missing annotation",
-    "malformed_annotation": "malformed annotation",
-    "no_caption": "no caption",
-    "missing_image": "missing image (pair without an image file)",
-    "corrupt_image": "corrupt image",
-    "image_too_large": "image too large",
-    "malformed_json": "malformed JSON",
-    "no_uid": "no uid",
-    "broken_tar": "broken or truncated tar",
-    "annotations": "annotations (different uids)",
-    "annotation_without_pair": "missing image (annotation whose pair never came)",
-    "duplicate_annotation": "duplicate annotation",
-    "annotation_without_uid": "annotation file without a uid for a name",
-    "broken_annotation_tar": "broken or truncated annotation tar",
-    "uids_without_pair": "uid of the subset whose pair never came",
-}
-ALWAYS = ("pairs", "joined", "duplicate_uid", "missing_image", "corrupt_image")
-ALWAYS_JOINED = ("missing_annotation", "malformed_annotation", "annotation_without_pair")
+MODEL_PLAN = {"refiner", "model", "prompt", "sampling", "max_pixels"}
+"""What of a plan may change on a half-finished output, where the user says so."""
+
+
+class Makers(Protocol):
+    """Who makes parts."""
+
+    def make_parts(self, job: Job, missing: Sequence[int]) -> int:
+        """Makes the parts that are missing; returns the pairs read now."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Processes of this machine, each a part at a time."""
+
+    workers: int
+
+    def make_parts(self, job: Job, missing: Sequence[int]) -> int:
+        read, started = 0, time.monotonic()
+        with progress("refining", len(missing), "inputs") as bar:
+            for pairs in ordered_map(make_part, missing, self.workers, job.open):
+                read += pairs
+                bar.advance(1, f"{read / (time.monotonic() - started):,.0f} pairs/s")
+        return read
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Run:
     """What to refine, and where to.
 
     Attributes:
-        inputs: tars of pairs.
+        inputs: of pairs.
         output: the data set's directory.
         engine: how.
         uids: an .npy of the uids to keep, or None for all.
@@ -69,11 +72,14 @@ class Run:
         split: such as "train".
         shard_mb: shards hold about so many megabytes (10^6 bytes).
         limit: reads this many pairs, or all if None.
-        max_pixels: larger images are skipped.
-        workers: processes.
+        skip_pixels: larger images are skipped.
+        workers: processes that read, sort and write.
+        makers: who makes the parts.
+        share: of the inputs, such as "3/16": said in the plan, where the inputs are those of it.
+        allow_change: goes on with another model, prompt or sampling than the run began with.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Input, ...]
     output: Path
     engine: Engine
     uids: Path | None = None
@@ -81,8 +87,11 @@ class Run:
     split: str = "train"
     shard_mb: float = 512.0
     limit: int | None = None
-    max_pixels: int = 89_478_485
+    skip_pixels: int = 89_478_485
     workers: int = 1
+    makers: Makers = field(default_factory=lambda: Here(1))
+    share: str = ""
+    allow_change: bool = False
 
     @property
     def parts(self) -> Path:
@@ -94,12 +103,13 @@ class Run:
             "refiner": self.engine.refiner,
             "input": fingerprint(self.inputs, times),
             **self.engine.plan(times),
-            "uids": self.uids and fingerprint([self.uids], times),
+            "uids": self.uids and file_fingerprint([self.uids], times),
             "name": self.name,
             "split": self.split,
             "shard_mb": self.shard_mb,
             "limit": self.limit,
-            "max_pixels": self.max_pixels,
+            "skip_pixels": self.skip_pixels,
+            "share": self.share,
         }
 
 
@@ -140,17 +150,6 @@ def run(asked: Run) -> dict[str, int]:
     return counts
 
 
-def show(counts: dict[str, int]) -> None:
-    """Prints the counts, zeros left out where they are expected."""
-    table = Table("", "count", box=None)
-    table.columns[1].justify = "right"
-    shown = ALWAYS + (ALWAYS_JOINED if counts["annotations"] else ())
-    for key, count in counts.items():
-        if count or key in shown:
-            table.add_row(COUNTS.get(key, key), f"{count:,}")
-    console.print(table)
-
-
 def _completed(asked: Run) -> dict[str, int] | None:
     path = asked.output / MANIFEST_FILE
     if not path.exists():
@@ -164,14 +163,23 @@ def _completed(asked: Run) -> dict[str, int] | None:
     return counts
 
 
-def _compare(output: Path, there: dict, now: dict) -> None:
+def _compare(output: Path, there: dict, now: dict, allow_change: bool = False) -> bool:
+    """Whether two plans are the same but for the model's part, where that may change.
+
+    Raises:
+        RefineError: they differ.
+    """
     differing = [key for key in there | now if there.get(key) != now.get(key)]
-    if differing:
+    of_model = set(differing) <= MODEL_PLAN
+    if differing and not (of_model and allow_change):
         key = differing[0]
+        mend = ", or go on with --allow-change" if of_model else ""
         raise RefineError(
             f"{output} was begun with other arguments ({', '.join(differing)}; {key} was "
             f"{there.get(key)}, now {now.get(key)}): choose another --output, or delete it first"
+            f"{mend}"
         )
+    return not differing
 
 
 def _claim(asked: Run) -> None:
@@ -193,7 +201,9 @@ def _resume(asked: Run) -> None:
     path = asked.parts / RUN_FILE
     plan = asked.plan(times=True)
     if path.exists():
-        _compare(asked.output, json.loads(path.read_text()), json.loads(json.dumps(plan)))
+        begun = json.loads(path.read_text())
+        if not _compare(asked.output, begun, json.loads(json.dumps(plan)), asked.allow_change):
+            console.print(f"going on as {plan['refiner']}; it was {begun['refiner']}")
     for left in asked.parts.glob("*.tmp-*"):
         shutil.rmtree(left)
     write_json(path, plan)
@@ -201,40 +211,34 @@ def _resume(asked: Run) -> None:
 
 def _make_parts(asked: Run) -> int:
     """Makes the parts that are missing; returns the pairs read now."""
+    limits = _limits(asked)
     job = Job(
-        tars=asked.inputs,
-        names=tuple(short_names(asked.inputs)),
+        inputs=asked.inputs,
+        limits=limits,
         parts=asked.parts,
         engine=asked.engine,
         uids=asked.uids,
-        max_pixels=asked.max_pixels,
+        skip_pixels=asked.skip_pixels,
         shard_bytes=int(asked.shard_mb * 1e6),
     )
-    if asked.limit is not None:
-        return _make_limited(job, asked.limit)
-    missing = [n for n in range(len(job.tars)) if not part_directory(job.parts, n).exists()]
-    if len(missing) < len(job.tars):
-        console.print(f"going on: {len(job.tars) - len(missing):,} tars are finished")
-    read, started = 0, time.monotonic()
-    with progress("refining", len(missing), "tars") as bar:
-        for pairs in ordered_map(make_part, missing, asked.workers, job.open):
-            read += pairs
-            bar.advance(1, f"{read / (time.monotonic() - started):,.0f} pairs/s")
+    numbers = [n for n in range(len(job.inputs)) if limits.get(n) != 0]
+    missing = [n for n in numbers if not part_directory(job.parts, n).exists()]
+    if len(missing) < len(numbers):
+        console.print(f"going on: {len(numbers) - len(missing):,} inputs are finished")
+    read = asked.makers.make_parts(job, missing)
+    shutil.rmtree(job.scratch, ignore_errors=True)
     return read
 
 
-def _make_limited(job: Job, limit: int) -> int:
-    """Makes parts one after another, because where the limit falls follows from those before."""
-    maker, read = job.open(), 0
-    for number in range(len(job.tars)):
-        directory = part_directory(job.parts, number)
-        if directory.exists():
-            limit -= Part.load(directory).counts["pairs"]
-        elif limit > 0:
-            pairs = maker.make(number, limit)
-            limit -= pairs
-            read += pairs
-    return read
+def _limits(asked: Run) -> dict[int, int]:
+    """How many pairs each input gives, where the whole is limited; 0 behind the limit."""
+    if asked.limit is None:
+        return {}
+    left, limits = asked.limit, {}
+    for number, each in enumerate(asked.inputs):
+        limits[number] = each.local(asked.parts / FETCHED).count(left) if left else 0
+        left -= limits[number]
+    return limits
 
 
 def _finish(asked: Run, subset: Subset | None, listed: int) -> dict[str, int]:
@@ -243,16 +247,21 @@ def _finish(asked: Run, subset: Subset | None, listed: int) -> dict[str, int]:
     shutil.rmtree(scratch, ignore_errors=True)
     directories = (part_directory(asked.parts, n) for n in range(len(asked.inputs)))
     parts = [directory for directory in directories if directory.exists()]
-    seen = collect_seen(parts, scratch / "seen", asked.engine.buckets, asked.workers)
+    files = [part / SEEN_FILE for part in parts]
+    seen = collect_seen(files, scratch / "seen", asked.engine.buckets, asked.workers)
     losers = find_losers(seen)
     whole = asked.limit is None
     with Ledger(scratch / SKIPPED_FILE) as ledger:
-        found, tags = gather(parts, short_names(asked.inputs), losers, ledger)
+        names = [each.name for each in asked.inputs]
+        loaded = map(Part.load, parts)
+        found = gather(loaded, names, losers, ledger, scratch / QUARANTINE_FILE)
         asked.engine.settle(ledger, seen, subset, whole)
         if subset and whole:
             ledger.add("uids_without_pair", listed - losers.distinct)
-    (scratch / SKIPPED_FILE).replace(asked.output / SKIPPED_FILE)
-    counts = {key: ledger.counts[key] for key in [*COUNTS, *sorted(ledger.counts.keys() - COUNTS)]}
+    for file in (SKIPPED_FILE, QUARANTINE_FILE):
+        if (scratch / file).exists():
+            (scratch / file).replace(asked.output / file)
+    counts = ordered(ledger.counts)
     if not counts["joined"]:
         show(counts)
         raise RefineError(
@@ -260,7 +269,7 @@ def _finish(asked: Run, subset: Subset | None, listed: int) -> dict[str, int]:
             f"{asked.output} before the next run"
         )
     shards = write_shards(
-        found,
+        found.pieces,
         asked.output,
         scratch,
         asked.name,
@@ -268,21 +277,15 @@ def _finish(asked: Run, subset: Subset | None, listed: int) -> dict[str, int]:
         int(asked.shard_mb * 1e6),
         asked.workers,
     )
-    write_counts(asked.output, tags, counts["joined"])
+    write_counts(asked.output, found.tags, counts["joined"])
     manifest = {
         "engine": asked.engine.refiner.partition(":")[0],
         "note": asked.engine.note,
-        "code": _code_version(),
+        "code": code_version(),
         "plan": asked.plan(),
         "counts": counts,
     }
+    if found.sums:
+        manifest["engine_stats"] = engine_stats(found.sums)
     write_metadata(asked.output, asked.name, asked.split, shards, manifest)
     return counts
-
-
-def _code_version() -> str:
-    """A digest of this package's sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

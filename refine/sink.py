@@ -1,11 +1,12 @@
-"""Where records go: ArrayRecord shards, and the part of a data set that comes from one tar.
+"""Where records go: ArrayRecord shards, and the part of a data set that comes from one input.
 
 A part is a directory .parts/NNNNNN, renamed into place when it is whole:
 
     0.array_record …   records in the order of the tar
     seen.bin           one entry per uid that came: part, joined or not, number among the records
     skipped.jsonl      what did not become a record
-    part.json          the shards, the counts, the tags
+    quarantine.jsonl   what a model said of those of which it made nothing that passes
+    part.json          the shards, the counts, the tags, the sums of what the engine counted
 """
 
 import json
@@ -19,13 +20,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from hqclip_jax.data.record import WRITER_OPTIONS, Record, Shard, encode
 from hqclip_jax.data.tags import normalise
+from refine.engines import Quarantined, Sums
 from refine.errors import RefineError
 from refine.ledger import SKIPPED_FILE, Ledger
 from refine.sources import Skip
 from refine.storage import sha256, write_json
 from refine.uids import PACK
 
-PART_FILE, SEEN_FILE = "part.json", "seen.bin"
+PART_FILE, SEEN_FILE, QUARANTINE_FILE = "part.json", "seen.bin", "quarantine.jsonl"
 
 
 class ShardWriter:
@@ -71,6 +73,7 @@ class Part:
         counts: by reason, "pairs" and "joined" among them.
         named: the reasons that its `skipped.jsonl` names.
         tags: in how many records each tag occurs.
+        sums: what the engine counted beside the pairs.
     """
 
     directory: Path
@@ -78,6 +81,7 @@ class Part:
     counts: dict[str, int]
     named: tuple[str, ...]
     tags: dict[str, int]
+    sums: dict[str, float]
 
     @classmethod
     def load(cls, directory: Path) -> "Part":
@@ -103,6 +107,7 @@ class PartWriter:
         self.ledger = Ledger(self.directory / SKIPPED_FILE)
         self.tags: Counter[str] = Counter()
         self.shards: list[Shard] = []
+        self.sums = Sums()
         self._open: ShardWriter | None = None
         self._seen = bytearray()
         self._joined = 0
@@ -130,8 +135,13 @@ class PartWriter:
         if skip.uid:
             self._see(skip.uid, joined=False)
 
+    def quarantine(self, item: Quarantined) -> None:
+        self.skip(item.pair.skip(item.reason, item.detail))
+        with open(self.directory / QUARANTINE_FILE, "a", encoding="ascii") as file:
+            file.write(item.line())
+
     def seal(self, pairs: int) -> None:
-        """Finishes the part; `pairs` is how many the tar held."""
+        """Finishes the part; `pairs` is how many its input held."""
         self._close_shard()
         self.ledger.close()
         (self.directory / SEEN_FILE).write_bytes(self._seen)
@@ -140,6 +150,7 @@ class PartWriter:
             "counts": {"pairs": pairs, "joined": self._joined, **self.ledger.counts},
             "named": list(self.ledger.named),
             "tags": dict(sorted(self.tags.items())),
+            "sums": self.sums.values,
         }
         write_json(self.directory / PART_FILE, part)
         self.directory.rename(self.target)

@@ -5,9 +5,10 @@ refines; what `open` returns maps a stream of pairs to a stream of results, so t
 batch or run ahead as it likes.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, Union
 
 from hqclip_jax.data.tags import normalise
 from hqclip_jax.data.text import clean
@@ -15,7 +16,9 @@ from refine.ledger import Ledger
 from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
 
-Refiner = Callable[[Iterable[Pair]], Iterator[tuple[Pair, "Texts"] | Skip]]
+Result = Union["Refined", Skip, "Quarantined", "Sums"]
+Refiner = Callable[[Iterable[Pair], int], Iterator[Result]]
+"""Maps the pairs of a part, whose number it is told, to what becomes of them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,57 @@ class Texts:
         desc, neg_desc = (tuple(filter(None, map(clean, texts))) for texts in (desc, neg_desc))
         tags, neg_tags = (unique(filter(None, map(clean, texts))) for texts in (tags, neg_tags))
         return cls(desc, neg_desc, tags, neg_tags)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A pair with its texts.
+
+    Attributes:
+        pair: as it came.
+        texts: for it.
+        refiner: who wrote them, where that is not the engine's own `refiner`.
+    """
+
+    pair: Pair
+    texts: Texts
+    refiner: str = ""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A pair of which a model made nothing that passes.
+
+    Attributes:
+        pair: as it came.
+        reason: a key of the counts.
+        detail: the same in words.
+        raw: the last output.
+        attempts: how often the model was asked.
+    """
+
+    pair: Pair
+    reason: str
+    detail: str
+    raw: str
+    attempts: int
+
+    def line(self) -> str:
+        """One line of `quarantine.jsonl`."""
+        pair = {name: getattr(self.pair, name) for name in ("uid", "source", "key", "caption")}
+        rest = {name: getattr(self, name) for name in ("reason", "detail", "raw", "attempts")}
+        return json.dumps(pair | rest) + "\n"
+
+
+@dataclass
+class Sums:
+    """What an engine counted over a part beside its pairs: tokens, seconds."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value
 
 
 def unique(tags: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from refine.engines import Refiner, Texts
+from refine.engines import Refined, Refiner, Texts
 from refine.index import REASONS, AnnotationIndex
 from refine.ledger import Ledger
 from refine.sources import Pair, Skip
@@ -79,8 +79,8 @@ class Annotations:
 
 
 def join(
-    read: Callable[[str], bytes | None], pairs: Iterable[Pair]
-) -> Iterator[tuple[Pair, Texts] | Skip]:
+    read: Callable[[str], bytes | None], pairs: Iterable[Pair], number: int
+) -> Iterator[Refined | Skip]:
     """Gives each pair the texts that `read` finds for its uid."""
     for pair in pairs:
         data = read(pair.uid)
@@ -92,7 +92,7 @@ def join(
         except AnnotationError as e:
             yield pair.skip("malformed_annotation", str(e))
             continue
-        yield pair, texts
+        yield Refined(pair, texts)
 
 
 def parse(data: bytes) -> Texts:

@@ -87,9 +87,11 @@ class Backend(Protocol):
     Attributes:
         slots: requests that it works on at the same time; it is kept at twice as many, so that it
             never waits.
+        note: a line for the user on what was opened, or "".
     """
 
     slots: int
+    note: str
 
     def submit(self, request: Request) -> None:
         """Takes a request; does not wait for its answer."""

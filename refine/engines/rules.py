@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hqclip_jax.data.tags import normalise
-from refine.engines import Refiner, Texts, unique
+from refine.engines import Refined, Refiner, Texts, unique
 from refine.ledger import Ledger
 from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
@@ -103,11 +103,11 @@ class Rules:
         pass
 
 
-def refine(words: WordList, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, Texts] | Skip]:
+def refine(words: WordList, pairs: Iterable[Pair], number: int) -> Iterator[Refined | Skip]:
     """Gives each pair its texts; one without a caption is skipped."""
     for pair in pairs:
         if pair.caption:
-            yield pair, texts_of(pair.caption, pair.uid, words)
+            yield Refined(pair, texts_of(pair.caption, pair.uid, words))
         else:
             yield pair.skip("no_caption")
 

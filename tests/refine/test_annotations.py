@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from refine.engines import Texts, unique
+from refine.engines import Refined, Texts, unique
 from refine.engines.annotations import AnnotationError, Annotations, join, parse
 from refine.sources import Pair, Skip
 
@@ -50,9 +50,9 @@ def test_what_is_not_of_the_published_form_names_the_field(data, message):
 def test_join_by_uid_with_reasons():
     stored = {"a": json.dumps(GOOD).encode(), "b": b"{}"}
     pairs = [Pair(uid, b"", "caption", "0.tar", uid) for uid in ("b", "a", "c")]
-    assert list(join(stored.get, pairs)) == [
+    assert list(join(stored.get, pairs, 0)) == [
         Skip("malformed_annotation", "0.tar", "b", "b", "field 'desc' is no list of strings"),
-        (pairs[1], Texts(desc=("b",), tags=("a",))),
+        Refined(pairs[1], Texts(desc=("b",), tags=("a",))),
         Skip("missing_annotation", "0.tar", "c", "c"),
     ]
 

@@ -5,7 +5,7 @@ import numpy as np
 from hqclip_jax.data.record import Record, Shard
 from refine.finish import Piece, collect_seen, find_losers, gather, pack, write_shards
 from refine.ledger import Ledger
-from refine.sink import Part, PartWriter, part_directory
+from refine.sink import SEEN_FILE, Part, PartWriter, part_directory
 from refine.sources import Skip
 
 
@@ -48,13 +48,15 @@ def test_the_first_record_of_a_uid_stays(tmp_path, make, records):
     # 1 comes three times, 2 first as a corrupt image, 9 never as a record.
     rows = [[-2, 1, 3, 1], [4, 2, 1], [2, -1, -9, 5]]
     parts = write_parts(make, tmp_path / "p", rows)
-    seen = collect_seen(parts, tmp_path / "seen", 4, 1)
+    seen = collect_seen([p / SEEN_FILE for p in parts], tmp_path / "seen", 4, 1)
     losers = find_losers(seen)
     found = list(zip(losers.part.tolist(), losers.record.tolist(), losers.winner.tolist()))
     assert found == [(0, 2, 0), (1, 2, 0), (2, 0, 1)]
     assert losers.distinct == 6
     with Ledger(tmp_path / "s.jsonl") as ledger:
-        pieces, tags = gather(parts, ["a.tar", "b.tar", "c.tar"], losers, ledger)
+        names = ["a.tar", "b.tar", "c.tar"]
+        found = gather(map(Part.load, parts), names, losers, ledger, tmp_path / "quarantine.jsonl")
+    pieces, tags = found.pieces, found.tags
     assert ledger.counts == {"pairs": 11, "joined": 5, "corrupt_image": 3, "duplicate_uid": 3}
     assert tags == {"all": 5, "tag 0": 2, "tag 1": 2, "tag 2": 1}
     shards = write_shards(pieces, tmp_path, tmp_path, "x", "train", 10**9, 1)
@@ -78,9 +80,9 @@ def test_neighbours_share_a_shard_up_to_the_size():
 
 def test_shards_are_renamed_where_they_can_be_and_found_again(tmp_path, make):
     parts = write_parts(make, tmp_path / "p", [[1, 2], [3, 1], [4]])
-    losers = find_losers(collect_seen(parts, tmp_path / "seen", 1, 1))
+    losers = find_losers(collect_seen([p / SEEN_FILE for p in parts], tmp_path / "seen", 1, 1))
     with Ledger(tmp_path / "s.jsonl") as ledger:
-        pieces, _ = gather(parts, ["a", "b", "c"], losers, ledger)
+        pieces = gather(map(Part.load, parts), "abc", losers, ledger, tmp_path / "q").pieces
     node = pieces[0].path.stat().st_ino
     arguments = (pieces, tmp_path, tmp_path, "x", "train", 1, 1)
     shards = write_shards(*arguments)
@@ -93,6 +95,6 @@ def test_shards_are_renamed_where_they_can_be_and_found_again(tmp_path, make):
 
 def test_all_parts_may_be_empty(tmp_path, make):
     parts = write_parts(make, tmp_path / "p", [[], [-1]])
-    losers = find_losers(collect_seen(parts, tmp_path / "seen", 2, 1))
+    losers = find_losers(collect_seen([p / SEEN_FILE for p in parts], tmp_path / "seen", 2, 1))
     assert (len(losers.part), losers.distinct) == (0, 1)
     assert losers.part.dtype == np.int64

@@ -145,7 +145,8 @@ def test_no_word_is_in_two_groups(words):
 
 def test_pairs_without_a_caption_are_skipped(words):
     pairs = [Pair(UIDS[1], b"", "", "0.tar", "0"), Pair(UIDS[2], b"", "A cat", "0.tar", "1")]
-    skip, (pair, texts) = refine(words, pairs)
+    skip, refined = refine(words, pairs, 0)
+    pair, texts = refined.pair, refined.texts
     assert skip == Skip("no_caption", "0.tar", "0", UIDS[1])
     assert (pair, texts.desc) == (pairs[1], ("a cat",))
 

@@ -82,7 +82,7 @@ def test_everything_that_is_no_record_is_counted_and_named(
     out = tmp_path / "out"
     assert refine(
         "--engine", "annotations", "--input", first, second, third, "--annotations", notes, more,
-        "--output", out, "--max-pixels", 159_999,
+        "--output", out, "--skip-pixels", 159_999,
     ) == 0  # fmt: skip
     assert counts(out) == {
         "pairs": 24,
