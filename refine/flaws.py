@@ -27,7 +27,7 @@ STUTTER = re.compile(r"(?=\S{12})(\S{1,4}?)\1{11}")
 REFUSAL = re.compile(
     r"(?:^|[.!?]\s)\W{0,3}(?:"
     r"(?:i['’]?m|i am)(?: very| so| really| truly)? sorry\b|i apologi[sz]e\b"
-    r"|(?:sorry|unfortunately),?(?: but)? (?:i|we)\b)"
+    r"|(?:sorry|unfortunately),?(?: but)? i\b)"
     r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
     r"|\bi(?:['’]?m| am)?"
     r" (?:can ?not|can['’]?t|won['’]?t|will not|do not|don['’]?t|unable to|not able to)"
