@@ -1,5 +1,7 @@
-"""Pairs of image and alt-text, streamed from tars as img2dataset and DataComp write them."""
+"""Pairs of image and alt-text, and how they are streamed from tars as img2dataset and DataComp
+write them."""
 
+import hashlib
 import io
 import json
 import re
@@ -15,6 +17,9 @@ from refine.tars import BrokenTar, members, open_tar
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
 UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE | re.ASCII)
+CAPTION_COLUMNS = ("caption", "text", "txt", "alt_text", "title")  # the first there is counts
+UID_COLUMNS = ("uid", "id", "key")
+BROKEN = ("broken_tar", "broken_parquet")  # reasons of a Skip that stands for no single pair
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class Skip:
 
     Attributes:
         reason: the key under which it is counted in the manifest.
-        source: the tar it came from.
-        key: its name inside the tar.
+        source: the input file it came from.
+        key: its name inside that: a member's, a row's number, an image's path.
         uid: 32 hex digits, or "" where none could be read.
         detail: what exactly was wrong.
     """
@@ -48,8 +53,8 @@ class Pair:
         uid: 32 lower-case hex digits.
         image: the encoded file, byte for byte; not yet known to decode.
         caption: the alt-text, cleaned; may be empty.
-        source: the tar it came from.
-        key: its name inside the tar.
+        source: the input file it came from.
+        key: its name inside that: a member's, a row's number, an image's path.
     """
 
     uid: str
@@ -60,6 +65,30 @@ class Pair:
 
     def skip(self, reason: str, detail: str = "") -> Skip:
         return Skip(reason, self.source, self.key, self.uid, detail)
+
+
+def uid_of(given: object, image: bytes | None, caption: str) -> str:
+    """The uid of a pair that need not have one of DataComp's, 32 hex digits; a rule of ours.
+
+    An id of 32 hex digits is the uid. Any other id, as text, gives the first 32 hex digits of its
+    SHA-256; where there is none, that of the image's SHA-256 (32 bytes) and the caption does.
+
+    Args:
+        given: the id; blank text, and what is no string, bytes or whole number, counts as none.
+        image: the encoded file; with None and no id the uid is "".
+        caption: as received, not cleaned: the uid outlives changes in the cleaning.
+    """
+    if isinstance(given, bytes):
+        given = given.decode("utf-8", "surrogateescape")
+    text = str(given).strip() if isinstance(given, str | int) else ""
+    if UID.fullmatch(text):
+        return text.lower()
+    if not text and image is None:
+        return ""
+    content = text.encode("utf-8", "surrogatepass")
+    if not text:
+        content = hashlib.sha256(image).digest() + caption.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def read_skips(path: Path) -> Iterator[Skip]:

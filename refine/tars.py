@@ -8,7 +8,7 @@ import glob
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -66,21 +66,33 @@ def expand(given: Sequence[str], option: str) -> list[Path]:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Names relative to the folder that all paths share, so that they don't depend on where the
     data lies."""
-    parents = {p.resolve().parent for p in paths}
-    common = os.path.commonpath(parents)
-    names = [os.path.relpath(p.resolve(), common) for p in paths]
+    return relative_names([str(path.resolve()) for path in paths])
+
+
+def relative_names(whole: Sequence[str]) -> list[str]:
+    """The same of absolute names, which need not be of files on this machine."""
+    common = os.path.commonpath({os.path.dirname(name) for name in whole})
+    names = [os.path.relpath(name, common) for name in whole]
     return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
 def fingerprint(paths: Sequence[Path], times: bool = False) -> dict:
     """How many files, their bytes, and a digest of names and sizes (with times: of mtimes too)."""
-    digest, total = hashlib.sha256(), 0
-    for name, path in zip(short_names(paths), paths, strict=True):
-        stat = path.stat()
-        total += stat.st_size
-        mtime = stat.st_mtime_ns if times else ""
-        digest.update(f"{name}\t{stat.st_size}\t{mtime}\n".encode())
-    return {"files": len(paths), "bytes": total, "sha256": digest.hexdigest()}
+    stats = [path.stat() for path in paths]
+    rows = ((n, s.st_size, s.st_mtime_ns) for n, s in zip(short_names(paths), stats, strict=True))
+    return {
+        "files": len(paths),
+        "bytes": sum(stat.st_size for stat in stats),
+        "sha256": digest_of(rows, times),
+    }
+
+
+def digest_of(rows: Iterable[tuple[str, int, int | str]], times: bool) -> str:
+    """The digest in a fingerprint, of each file's name, bytes and time of change."""
+    digest = hashlib.sha256()
+    for name, size, time in rows:
+        digest.update(f"{name}\t{size}\t{time if times else ''}\n".encode())
+    return digest.hexdigest()
 
 
 def open_tar(path: Path) -> BinaryIO:
