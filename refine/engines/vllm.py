@@ -17,6 +17,9 @@ from PIL import Image
 from refine.engines.backend import Reply, Request, Sampling
 from refine.errors import RefineError
 
+MARKS = 8
+"""Tokens around a picture's own, such as those that say where it begins and ends, at most."""
+
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
@@ -173,36 +176,37 @@ class VllmBackend:
         """
         width = math.isqrt(max_pixels)
         shapes = (width, max_pixels // width), (2 * width, max_pixels // (2 * width))
-        least = self._tokens(_blank(1, 1))
-        most = max(self._tokens(_blank(*shape)) for shape in shapes)
+        whole = max(self._tokens(_blank(*shape)) for shape in shapes)
         context = self._llm.model_config.max_model_len
-        if most + self._sampling.max_tokens > context:
+        if whole + self._sampling.max_tokens > context:
             raise RefineError(
-                f"a question with a picture takes {most:,} tokens and its answer "
+                f"a question with a picture takes {whole:,} tokens and its answer "
                 f"{self._sampling.max_tokens:,}, more than the engine's {context:,}: use a smaller "
                 "--max-pixels or --max-tokens, or a larger --context"
             )
-        unit = _token_pixels(self._llm.get_tokenizer().name_or_path)
-        if unit and most - least > max_pixels / unit:
+        picture = whole - self._tokens(None)
+        unit = _token_pixels(self._llm.model_config.model)
+        if unit and picture > max_pixels / unit + MARKS:
             raise RefineError(
-                f"--max-pixels {max_pixels:,} is not in force: the model makes more than "
-                f"{most - least:,} tokens of such a picture, and {max_pixels // unit:,} of {unit} "
-                "pixels are all that it can hold: see `size` in its preprocessor_config.json"
+                f"--max-pixels {max_pixels:,} is not in force: the model makes {picture:,} tokens "
+                f"of such a picture, and {max_pixels // unit:,} of {unit} pixels are all that it "
+                "can hold: see `size` in the model's preprocessor_config.json"
             )
-        return most - least + 1
+        return picture
 
-    def _tokens(self, picture: Image.Image) -> int:
-        """Of a question with a picture and no alt-text."""
-        request = Request("probe", "", picture)
+    def _tokens(self, picture: Image.Image | None) -> int:
+        """Of a question with a picture, or with none, and no alt-text."""
+        messages = self._messages(Request("probe", "", picture))
+        if picture is None:
+            for message in messages:
+                message["content"] = [p for p in message["content"] if p["type"] == "text"]
         try:
-            self._llm.enqueue_chat(
-                [self._messages(request)], self._params(0, max_tokens=1), use_tqdm=False
-            )
+            self._llm.enqueue_chat([messages], self._params(0, max_tokens=1), use_tqdm=False)
             (output,) = self._llm.wait_for_completion(use_tqdm=False)
         except ValueError as e:
             raise RefineError(
-                f"a picture of {picture.width}x{picture.height} pixels and the prompt do not fit "
-                f"the engine: {e}; use a smaller --max-pixels, or a larger --context"
+                f"the prompt and the largest picture do not fit the engine: {e}; use a smaller "
+                "--max-pixels, or a larger --context"
             ) from e
         return len(output.prompt_token_ids)
 
@@ -228,7 +232,10 @@ def _arguments(model: Vllm, sampling: Sampling, max_pixels: int) -> dict:
         "enable_prefix_caching": True,
     }
     if sampling.structured:
-        chosen["structured_outputs_config"] = {"disable_any_whitespace": True}
+        # White space without end is JSON too.
+        chosen["structured_outputs_config"] = {
+            "backend": "xgrammar", "disable_any_whitespace": True
+        }  # fmt: skip
     return chosen | dict(model.options)
 
 
