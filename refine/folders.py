@@ -228,7 +228,10 @@ def _object(line: str) -> dict | None:
         raise _RowError("malformed_row", str(e)) from e
     if not isinstance(value, dict):
         raise _RowError("malformed_row", f"a {type(value).__name__}, no object")
-    return {name.lower(): held for name, held in reversed(value.items())}
+    found: dict = {}
+    for name, held in value.items():
+        found.setdefault(name.lower(), held)
+    return found
 
 
 def _named(names: Sequence[str], values: Sequence[str]) -> dict | None:
