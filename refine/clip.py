@@ -66,6 +66,11 @@ class Clip:
             "in it"
         )
 
+    def close(self) -> None:
+        """Gives memory back."""
+        if "_here" in vars(self):
+            self._here.close()
+
     @cached_property
     def _here(self) -> "TransformersClip":
         return TransformersClip(self.checkpoint, self.batch)
@@ -144,6 +149,14 @@ class TransformersClip:
             yield from clip_rows(
                 items, self._images([p for _, p in batch]), self._texts, self._length
             )
+
+    def close(self) -> None:
+        """Gives the device's memory back."""
+        import torch
+
+        del self.model
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def _pixels(self, encoded: bytes) -> np.ndarray | None:
         """A picture as the tower takes it, f32 [3, s, s]; None where it does not decode."""

@@ -1,5 +1,6 @@
 """HTML of texts that strangers wrote: nothing in them acts, hides or fills the page."""
 
+import re
 import unicodedata
 
 from hqclip_jax.report import Markup, element
@@ -54,6 +55,7 @@ def secured(document: Markup, style: str = "") -> Markup:
         style: further CSS.
     """
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    head, found, rest = document.partition("</title>")  # the page's own: it escapes what it is told
-    assert found
-    return Markup(head + found + policy + element("style", Markup(STYLE + style)) + rest)
+    # The first of each is the page's own: what it is told, it escapes. The policy holds for what
+    # stands behind it, and of equal rules the last one counts.
+    title, head, rest = re.split("(?<=</title>)|(?=</head>)", document, maxsplit=2)
+    return Markup(title + policy + head + element("style", Markup(STYLE + style)) + rest)

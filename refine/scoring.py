@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,53 +63,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Scoring:
-    """Those scorers, loaded when they are needed and kept for the next output.
+def score(
+    args: argparse.Namespace,
+    outputs: "Sequence[Output]",
+    numbers: "Sequence[np.ndarray | None]",
+) -> "list[dict[str, Scores]]":
+    """Scores what has no score yet, one scorer after the other, since a judge may want all of a
+    GPU's memory.
 
     Args:
         args: parsed with the options of `add_arguments`.
+        outputs: whose records.
+        numbers: for each output, which, int64 [n], ascending; None for all.
+
+    Returns:
+        for each output its scores by "clip" and "judge", as far as they were asked for.
+
+    Raises:
+        RefineError: a scorer can't be loaded or gave up; what it said until then is kept.
     """
+    found: list[dict[str, Scores]] = [{} for _ in outputs]
+    if args.clip:
+        from refine.clip import Clip
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args, self._held = args, ExitStack()
-        self._clip = self._judge = None
-        if args.clip:
-            from refine.clip import Clip
-
-            self._clip = Clip(args.clip, args.clip_python, args.clip_batch)
-        if args.judge_model:
-            from refine.judge import JudgeScorer
-
-            scorer = JudgeScorer(_judge(args), args.judge_pixels)
-            self._judge = self._held.enter_context(closing(scorer))
-
-    def __enter__(self) -> "Scoring":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._held.close()
-
-    def scores(self, output: "Output", numbers: "np.ndarray | None" = None) -> "dict[str, Scores]":
-        """Scores what has no score yet.
-
-        Args:
-            output: whose records.
-            numbers: which, int64 [n], ascending; None for all.
-
-        Returns:
-            by "clip" and "judge", as far as they were asked for.
-
-        Raises:
-            RefineError: a scorer can't be loaded or gave up; what it said until then is kept.
-        """
+        with closing(Clip(args.clip, args.clip_python, args.clip_batch)) as clip:
+            for scores, output, chosen in zip(found, outputs, numbers):
+                scores[CLIP] = clip.scores(output, chosen)
+    if args.judge_model:
+        from refine.judge import JudgeScorer
         from refine.scores import fill
 
-        found = {}
-        if self._clip:
-            found[CLIP] = self._clip.scores(output, numbers)
-        if self._judge:
-            found[JUDGE] = fill(output, self._judge, numbers)
-        return found
+        with closing(JudgeScorer(_judge(args), args.judge_pixels)) as judge:
+            for scores, output, chosen in zip(found, outputs, numbers):
+                scores[JUDGE] = fill(output, judge, chosen)
+    return found
 
 
 def _judge(args: argparse.Namespace) -> "Model":
