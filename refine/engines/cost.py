@@ -104,9 +104,7 @@ class Meter:
         Raises:
             RefineError: it does not fit the limit, and none is under way that may turn out cheaper.
         """
-        guessed = self._estimate.tokens(characters, pixels)
-        reserved = self._prices.usd(guessed, self._max_tokens)
-        await self._reserve(reserved)
+        guessed, reserved = await self._reserve(characters, pixels)
         bill, lost = Bill(self._prices.most is not None), 0.0
         try:
             if self._rate:
@@ -134,15 +132,21 @@ class Meter:
         self._spent += usd
         self._counted["cost_usd"] += usd
 
-    async def _reserve(self, usd: float) -> None:
+    async def _reserve(self, characters: int, pixels: int) -> tuple[float, float]:
+        """Waits until a request fits the limit; returns the tokens of its prompt and what it may
+        cost, as far as is known then."""
         most = self._prices.most
-        # The first goes alone: its guess rests on nothing yet.
-        while most is not None and self._under_way:
+        while True:
+            guessed = self._estimate.tokens(characters, pixels)
+            usd = self._prices.usd(guessed, self._max_tokens)
+            if most is None or not self._under_way:
+                break
+            # The first goes alone: its guess rests on nothing yet.
             if self._estimate.known and self._spent + self._reserved + usd <= most:
                 break
             self._freed.clear()
             await self._freed.wait()
-        if most is not None and self._spent + usd > most and not self._under_way:
+        if most is not None and self._spent + self._reserved + usd > most:
             raise RefineError(
                 f"--max-cost {most:g}: ${self._spent:.4f} is spent, and the next request may cost "
                 f"${usd:.4f}. What was answered is kept: the same command with a higher --max-cost "
@@ -150,6 +154,7 @@ class Meter:
             )
         self._reserved += usd
         self._under_way += 1
+        return guessed, usd
 
 
 @dataclass

@@ -100,6 +100,13 @@ def test_the_first_request_goes_alone_while_nothing_is_known():
     assert (answered, len(errors)) == (1, 2)
 
 
+def test_those_who_wait_for_the_first_learn_from_it():
+    counter, _ = meter(most=0.009, max_tokens=100)
+    # By the first guess each may cost $0.0045, and only one would fit beside what the first did.
+    answered, _, most = request_all(counter, 3, prompt=50)
+    assert (answered, most) == (3, 2)
+
+
 def test_without_a_limit_nothing_waits():
     counter, counted = meter()
     answered, errors, most = request_all(counter, 50)
