@@ -30,6 +30,7 @@ from PIL import Image
 
 from hqclip_jax.data import record, tags
 from hqclip_jax.data.record import Record
+from tests.real_data import real_data  # noqa: F401 (a fixture)
 
 CPU_FLAGS = os.environ["XLA_FLAGS"]  # what every test of a worker's own process is compiled with
 jax.devices()  # has read them; the TPU's compiler ends a process with the two it does not know
@@ -93,13 +94,3 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset_of(tmp_path: Path) -> Callable[[list[Record]], Path]:
     """Writes a one-shard data set of given records."""
     return lambda records: write_dataset(tmp_path / "dataset", [records])
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder that HQCLIP_TEST_DATA names. Set and wrong, it fails the test: never a skip."""
-    named = os.environ.get("HQCLIP_TEST_DATA")
-    if not named:
-        pytest.skip("HQCLIP_TEST_DATA is not set")
-    assert (Path(named) / "grocery" / "pairs").is_dir(), f"HQCLIP_TEST_DATA={named} holds no data"
-    return Path(named)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from refine.__main__ import main
+from tests.real_data import real_data  # noqa: F401 (tests with vLLM run without tests/conftest.py)
 
 
 def uid_of(number: int) -> str:

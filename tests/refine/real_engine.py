@@ -12,8 +12,8 @@ from pathlib import Path
 
 from refine import command, parse
 from refine.__main__ import main
-from refine.engines.backend import Backend, Sampling
-from refine.engines.vllm import Vllm
+from refine.engines.backend import Backend, Reply, Sampling
+from refine.engines.vllm import Vllm, VllmBackend
 from refine.prompts import Prompt
 
 OPTIONS = {
@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "VLLM_CACHE_ROOT": "/tmp/hqclip-vllm-cache",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # starts in 2 s and not in 20
     "CUDA_VISIBLE_DEVICES": "",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
 }
 WORDS = {
     "desc": ["a box of milk stands on a shelf.", "red apples lie in a crate.",
@@ -48,13 +50,26 @@ def grammar() -> dict:
     return parse.SCHEMA | {"properties": lists}
 
 
+class Noted(VllmBackend):
+    """Writes the keys of answers to the file that HQCLIP_TEST_ANSWERS names before it gives them
+    away: in it twice is what was generated twice."""
+
+    def replies(self) -> list[Reply]:
+        replies = super().replies()
+        noted = os.environ.get("HQCLIP_TEST_ANSWERS")
+        if noted and replies:
+            with open(noted, "a") as file:
+                file.write("".join(f"{reply.key}\n" for reply in replies))
+        return replies
+
+
 @dataclass(frozen=True)
 class Held(Vllm):
     """A model whose processes know the grammar."""
 
     def open(self, prompt: Prompt, sampling: Sampling, max_pixels: int) -> Backend:
         parse.SCHEMA = grammar()
-        return super().open(prompt, sampling, max_pixels)
+        return Noted(self, prompt, sampling, max_pixels)
 
 
 def arguments() -> list[str]:

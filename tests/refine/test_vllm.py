@@ -3,9 +3,6 @@
 import os
 
 import pytest
-
-pytestmark = pytest.mark.lvlm
-
 from PIL import Image
 
 from refine.engines.backend import Request, Sampling
@@ -13,6 +10,8 @@ from refine.errors import RefineError
 from refine.parse import parse
 from refine.prompts import load_prompt
 from tests.refine.real_engine import ENVIRONMENT, OPTIONS, Held, tiny
+
+pytestmark = pytest.mark.lvlm
 
 PIXELS = 112 * 112
 
