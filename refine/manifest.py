@@ -26,6 +26,7 @@ COUNTS = {
     "not_asked": "picture that changed while a model was asked about it",
     "truncated": "answer cut at its limit",
     "refused_by_server": "refused by the server",
+    "no_answer": "no answer from the server in many tries",
     "refused_by_engine": "refused by the engine",
     **REASONS,
     "annotations": "annotations (different uids)",

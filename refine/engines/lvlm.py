@@ -5,6 +5,7 @@ made as with any engine, each pair joined to its answer. So a part is read twice
 model said is ever in memory alone.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from refine.engines.backend import Backend, Sampling
 from refine.journal import journal_folder, key_of, read_answers
 from refine.ledger import Ledger
 from refine.prompts import Prompt
+from refine.sink import PART_FILE
 from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
 
@@ -27,11 +29,14 @@ class Model(Protocol):
         engine: "vllm" or "openai".
         name: short, for records.
         slots: requests that it works on at the same time.
+        max_cost: USD that an output may cost, or None; the backend of a model that has one takes
+            what was used before by `spent(prompt_tokens, output_tokens)`.
     """
 
     engine: ClassVar[str]
     name: str
     slots: int
+    max_cost: float | None
 
     def identity(self) -> dict:
         """What makes it the same model for a run that goes on."""
@@ -81,13 +86,33 @@ class Lvlm:
         pass
 
     def backend(self) -> Backend:
-        return self.model.open(self.prompt, self.sampling, self.max_pixels)
+        """The model, opened; where it has a limit of cost, told what this output has cost so far.
+
+        Raises:
+            RefineError: it can't be loaded or reached.
+        """
+        backend = self.model.open(self.prompt, self.sampling, self.max_pixels)
+        if self.model.max_cost is not None:
+            backend.spent(*used(self.parts))
+        return backend
 
     def open(self) -> Refiner:
         return partial(join, self.parts)
 
     def settle(self, ledger: Ledger, seen: UidTable, subset: Subset | None, whole: bool) -> None:
         pass
+
+
+def used(parts: Path) -> tuple[int, int]:
+    """Tokens of prompts and of answers that an output has used, in its parts and journals."""
+    sums = Sums()
+    for part in parts.glob(f"*/{PART_FILE}"):
+        sums.add(**json.loads(part.read_text())["sums"])
+    for folder in parts.glob("*.journal"):
+        if not (parts / folder.stem / PART_FILE).exists():
+            for answer in read_answers(folder)[0].values():
+                sums.add(prompt_tokens=answer.prompt_tokens, output_tokens=answer.output_tokens)
+    return tuple(int(sums.values.get(f"{kind}_tokens", 0)) for kind in ("prompt", "output"))
 
 
 def join(

@@ -40,6 +40,7 @@ class Vllm:
     """
 
     engine: ClassVar[str] = "vllm"
+    max_cost: ClassVar[None] = None
 
     path: str
     slots: int = 256

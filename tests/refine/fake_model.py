@@ -39,6 +39,7 @@ class Fake:
     """
 
     engine: ClassVar[str] = "fake"
+    max_cost: ClassVar[None] = None
 
     log: Path
     slots: int = 4

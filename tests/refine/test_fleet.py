@@ -56,7 +56,7 @@ def test_an_engine_that_dies_is_replaced_and_nothing_answered_is_asked_again(job
 
 def test_an_engine_that_always_dies_ends_the_run(job_of):
     job = job_of(1, 5, die=tuple(range(1, 100)))
-    with pytest.raises(RefineError, match="died .exit code -9. 3 times in a row"):
+    with pytest.raises(RefineError, match=r"died .exit code -9. 3 times in a row"):
         Local(1, 0, 1).make_parts(job, [0])
 
 

@@ -95,7 +95,7 @@ def test_an_answer_that_is_cut_off_says_so(model):
 
 def test_max_pixels_that_is_not_in_force_is_found(model):
     # The tiny model makes 16 tokens of any picture, and 56 x 56 pixels are 4.
-    with pytest.raises(RefineError, match="--max-pixels 3,136 is not in force: .* 18 tokens"):
+    with pytest.raises(RefineError, match=r"--max-pixels 3,136 is not in force: .* 18 tokens"):
         opened(model, Sampling(max_tokens=5), max_pixels=56 * 56)
 
 
@@ -105,5 +105,5 @@ def test_what_does_not_fit_is_told_before_anything_is_asked(model):
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(RefineError, match="--model .*nothing: vLLM can't load it"):
+    with pytest.raises(RefineError, match=r"--model .*nothing: vLLM can't load it"):
         opened(str(tmp_path / "nothing"), Sampling())
