@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,18 +57,21 @@ def describe(scene: Scene) -> list[str]:
     ]
 
 
-def contradict(scene: Scene, rng: np.random.Generator) -> Scene:
+FALSIFIED = (
+    ("color", "shape", "relation", "swap"), ("texture",), ("size",), ("count", "background"),
+)  # fmt: skip
+"""For each sentence of `describe` the facts of which one is changed in a negative."""
+
+
+def contradict(
+    scene: Scene, rng: np.random.Generator, falsified: Sequence[Sequence[str]] = FALSIFIED
+) -> Scene:
     """A scene of which every sentence of `describe` is false here.
 
     One fact changes for each sentence, but what is told stays one picture: a text that contradicts
     itself could be told from the true one without a look at the image.
     """
-    for facts in (
-        ("color", "shape", "relation", "swap"),
-        ("texture",),
-        ("size",),
-        ("count", "background"),
-    ):
+    for facts in falsified:
         scene = pick(rng, pick(rng, [a for fact in facts if (a := alterations(scene, fact))]))
     return scene
 
@@ -118,9 +121,11 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
     return pick(rng, DECORATIONS).format(told)
 
 
-def annotation(scene: Scene) -> dict[str, list[str]]:
+def annotation(
+    scene: Scene, falsified: Sequence[Sequence[str]] = FALSIFIED
+) -> dict[str, list[str]]:
     """The four lists of a published annotation; of the negative tags those that are false."""
-    negative = contradict(scene, scene.rng(ANNOTATION))
+    negative = contradict(scene, scene.rng(ANNOTATION), falsified)
     true = tags(scene)
     return {
         "tags": true,
@@ -175,6 +180,7 @@ def write_annotations(
     split: str = "train",
     missing: float = 0.02,
     shard: int = 1000,
+    annotate: Callable[[Scene], dict[str, list[str]]] = annotation,
 ) -> None:
     """Writes tars in the published layout, NNNNNN/<uid>.json, in another order than the pairs.
 
@@ -187,7 +193,7 @@ def write_annotations(
         scenes = [sample(seed, int(i), split) for i in kept[start : start + shard]]
         _write_tar(
             Path(directory) / f"{name}.tar",
-            ((f"{name}/{s.uid}.json", _json(annotation(s))) for s in scenes),
+            ((f"{name}/{s.uid}.json", _json(annotate(s))) for s in scenes),
         )
 
 

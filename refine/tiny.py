@@ -14,18 +14,8 @@ if TYPE_CHECKING:
 
 HEAD = 32  # of what CPU attention takes, the smallest
 PATCH, MERGE = 14, 2
-SPECIAL = {
-    name: f"<|{name}|>"
-    for name in (
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    )  # fmt: skip
-}
+NAMES = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
+SPECIAL = {name: f"<|{name}|>" for name in NAMES.split()}
 TURN = "{{ '<|im_start|>' + message.role + '\\n' }}"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT_TEMPLATE = (
@@ -65,7 +55,7 @@ def make_tiny(
         image_size: pixels; every picture is resized to about the square of it, so it costs
             (image_size / 28)² tokens.
         vocabulary: entries of the tokenizer at most; bytes and special tokens take 263.
-        texts: what the tokenizer learns its entries from; by default annotations of rendered scenes.
+        texts: what the tokenizer learns its entries from; by default texts of rendered scenes.
         context: tokens of question and answer at most.
         seed: of the weights.
     """
