@@ -5,19 +5,22 @@ to another; that one reads the journal first and asks only for what is missing. 
 must be where every node sees them.
 """
 
+import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refine.asking import Finished, Tally, ask
+from refine.asking import Finished, ask
 from refine.engines.backend import Backend
 from refine.errors import RefineError
 from refine.parallel import Workers
 from refine.parts import Job, PartMaker
 from refine.progress import progress
-from refine.sink import part_directory
+from refine.sink import Part, part_directory
 
+OURS = f"{RefineError.__module__}.{RefineError.__name__}"
 LAPS = 8
 """How many rounds of inputs each engine gets: few enough that the pause between two does not count,
 many enough that a lost engine's work and the last round are small."""
@@ -38,7 +41,7 @@ class OnRay:
     workers: int
 
     def make_parts(self, job: Job, missing: Sequence[int]) -> int:
-        """Makes the parts that are missing; returns the pairs answered now.
+        """Makes the parts that are missing; returns the pairs in them.
 
         Raises:
             RefineError: Ray is not installed, the cluster has no GPU, or an engine can't start.
@@ -49,7 +52,8 @@ class OnRay:
             import ray
         except ImportError as e:
             raise RefineError("--runner ray: install ray[data] (requirements-refine.txt)") from e
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level="warning")
         engines = self._engines(ray.cluster_resources())
         size = max(1, len(missing) // (LAPS * engines))
         rounds = [missing[i : i + size] for i in range(0, len(missing), size)]
@@ -83,17 +87,18 @@ class OnRay:
         return min(self.engines or there, there)
 
     def _follow(self, sealed: Any, parts: int) -> int:
-        answers = 0
+        pairs, started = 0, time.monotonic()
         try:
-            with progress("refining", parts, "inputs") as bar:
+            with progress("refining", parts, "parts") as bar:
                 for row in sealed.iter_rows():
-                    answers += row["answers"]
-                    bar.advance(1, f"{answers:,} pairs")
+                    pairs += row["pairs"]
+                    rate = pairs / (time.monotonic() - started)
+                    bar.advance(1, f"{pairs:,} pairs, {rate:,.1f}/s")
         except Exception as e:
             raise RefineError(
                 f"Ray stopped: {_cause(e)}; what is answered is kept, and the same command goes on"
             ) from e
-        return answers
+        return pairs
 
 
 class Asker:
@@ -110,13 +115,9 @@ class Asker:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list]]:
         """Asks about the parts of a batch, and gives each as soon as it is finished."""
         numbers = [int(n) for n in batch["parts"][0]]
-        answers = 0
         for event in ask(self._maker, self._opened, self._workers, numbers):
-            if isinstance(event, Tally):
-                answers += event.answers
-            elif isinstance(event, Finished):
-                yield {"part": [event.number], "answers": [answers]}
-                answers = 0
+            if isinstance(event, Finished):
+                yield {"part": [event.number]}
 
     def _opened(self) -> Backend:
         if self._backend is None:
@@ -131,10 +132,11 @@ class Sealer:
         self._maker = job.open()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
-        for number in map(int, batch["part"]):
-            if not part_directory(self._maker.job.parts, number).exists():
-                self._maker.make(number)
-        return dict(batch)
+        (number,) = map(int, batch["part"])
+        directory = part_directory(self._maker.job.parts, number)
+        if not directory.exists():  # else sealed by one that was lost right after
+            self._maker.make(number)
+        return {"pairs": [Part.load(directory).counts["pairs"]]}
 
 
 def _check_visible(job: Job) -> None:
@@ -146,9 +148,7 @@ def _check_visible(job: Job) -> None:
 
 
 def _cause(e: BaseException) -> str:
-    """The first error of ours in a chain of Ray's, or the last of the chain."""
-    while e.__cause__ is not None or getattr(e, "cause", None) is not None:
-        e = e.__cause__ or e.cause
-        if isinstance(e, RefineError):
-            break
-    return str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+    """Our own error among what Ray tells, which passes it on as the text of a traceback; or the
+    whole of it."""
+    ours = re.search(rf"^{re.escape(OURS)}: (.*)$", str(e), re.MULTILINE)
+    return ours[1] if ours else str(e)

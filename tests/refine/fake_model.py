@@ -4,6 +4,7 @@ processes of their own have it too."""
 import json
 import os
 import signal
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Fake:
         slots: requests at a time.
         die: the request, counted over all lives, before which its process kills itself.
         broken: it can't be opened.
+        pause: seconds that an answer takes.
     """
 
     engine: ClassVar[str] = "fake"
@@ -46,6 +48,7 @@ class Fake:
     name: str = "model"
     die: tuple[int, ...] = ()
     broken: str = ""
+    pause: float = 0.0
 
     def identity(self) -> dict:
         return {"name": self.name}
@@ -55,10 +58,10 @@ class Fake:
             raise RefineError(self.broken)
         return FakeBackend(self, max_pixels)
 
-    def asked(self) -> list[str]:
-        """The keys of all requests so far, without the numbers of their parts."""
+    def asked(self, pids: bool = False) -> list[str]:
+        """The keys of all requests so far, without the numbers of their parts; or who asked."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return [line.partition(":")[2] for line in lines]
+        return [line.split()[1] if pids else line.split()[0].partition(":")[2] for line in lines]
 
 
 class FakeBackend:
@@ -73,13 +76,14 @@ class FakeBackend:
         assert request.image.mode == "RGB"
         assert width * height <= self._max_pixels
         with self._model.log.open("a") as log:
-            log.write(f"{request.key}\n")
+            log.write(f"{request.key} {os.getpid()}\n")
         if len(self._model.asked()) in self._model.die:
             os.kill(os.getpid(), signal.SIGKILL)
         self._waiting.append(request)
 
     def replies(self) -> list[Reply]:
         """The youngest first, one at a time: answers come in any order."""
+        time.sleep(self._model.pause)
         return [_reply(self._waiting.pop())] if self._waiting else []
 
     def counters(self) -> dict[str, float]:
