@@ -229,7 +229,7 @@ def test_marks_in_a_caption_are_no_marks():
         assert json.loads(after[after.index('"') :]) == caption
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.text(st.characters(), max_size=200)
     | st.lists(
@@ -249,5 +249,5 @@ def test_fencing_holds_for_any_text(caption, limit):
     assert not re.search(r"\b(?:system|user|assistant)\s*:", fenced, re.IGNORECASE)
     _, after = question(load_prompt("student-v1"), fenced)
     after.encode()
-    quoted = after.rpartition("): ")[2]
+    quoted = after.partition("): ")[2]
     assert quoted == "none" if not fenced else json.loads(quoted) == fenced
