@@ -75,22 +75,18 @@ def read_rows(path: Path, root: str, source: str, piece: tuple[int, int]) -> Ite
     Raises:
         RefineError: the listing can't be opened, or the images' store can't be reached.
     """
-    pending: deque[Future] = deque()
     try:
         opened = open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as e:
         raise RefineError(f"{path} can't be opened: {e.strerror}") from e
+    pending: deque[Future] = deque()
     with opened as file, ThreadPoolExecutor(AHEAD) as pool:
-        try:
-            for row in _open_rows(file, str(path), piece)[1]:
-                pending.append(pool.submit(_load, row, root, source))
-                if len(pending) == AHEAD:
-                    yield pending.popleft().result()
-            while pending:
+        for row in _open_rows(file, str(path), piece)[1]:
+            pending.append(pool.submit(_load, row, root, source))
+            if len(pending) == AHEAD:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _load(row: _Row | _RowError, root: str, source: str) -> Pair | Skip:

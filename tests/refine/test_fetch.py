@@ -1,5 +1,7 @@
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +78,17 @@ def test_a_download_that_ends_early_is_begun_again(file, tmp_path, monkeypatch):
     assert not copied(file, tmp_path / "other").exists()
 
 
+def test_an_attempt_leaves_nothing_to_the_next(file):
+    target = io.BytesIO(b"x" * COPY)
+    assert fetch._stream(file.address, target) == len(DATA)
+    assert target.getvalue() == DATA
+
+
+def test_another_version_is_another_copy(file, tmp_path):
+    others = [replace(file, **change) for change in ({"size": 1}, {"stamp": "1"}, {"address": "a"})]
+    assert len({copied(each, tmp_path) for each in [file, *others]}) == 4
+
+
 def test_a_file_that_changed_or_went_is_told(bucket, file, tmp_path):  # noqa: F811
     path = bucket.root / "some/a.tar"
     os.utime(path, (1, 1))
@@ -86,15 +99,16 @@ def test_a_file_that_changed_or_went_is_told(bucket, file, tmp_path):  # noqa: F
         fetch.fetch(file, tmp_path)
 
 
-def test_a_full_disk_is_no_matter_of_the_network(file, tmp_path, monkeypatch):
+def test_a_full_disk_is_no_matter_of_the_network(file, tmp_path):
     class Full:
         seek = truncate = lambda self, *_: 0
 
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(RefineError, match="can't be copied to this disk: No space left"):
+    with pytest.raises(RefineError, match="can't be copied to this disk: No space left") as told:
         fetch._download(file, Full())
+    assert "network" not in str(told.value)
 
 
 def test_small_files_are_read_whole_or_told_missing(bucket):  # noqa: F811

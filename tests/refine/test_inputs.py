@@ -56,6 +56,14 @@ def test_what_a_folder_means(tree):
     assert contents(find([str(tree / "files")])) == [("folder", "list.csv")]
 
 
+def test_names_may_be_in_capitals(tree):
+    (tree / "files/list.csv").rename(tree / "files/LIST.CSV")
+    (tree / "tars/1.tar").rename(tree / "tars/1.TAR")
+    found = find([str(tree / "files"), str(tree / "tars")])
+    assert contents(found)[::2] == [("folder", "files/LIST.CSV"), ("tar", "tars/1.TAR")]
+    assert [len(list(i.pairs())) for i in found] == [2, 1, 1]
+
+
 def test_arguments_keep_their_order_and_each_file_counts_once(tree, monkeypatch):
     given = ["rows/b.parquet", "tars/*.tar", "files", "tars", "files/list.csv", "row?"]
     found = find([str(tree / each) for each in given])
@@ -153,7 +161,7 @@ def test_the_fingerprint_of_tars_is_that_of_the_files(tree):
         assert fingerprint(found, times) == tars.fingerprint(paths, times)
 
 
-def test_the_fingerprint_sees_sizes_pieces_and_if_asked_times(tree, monkeypatch):
+def test_the_fingerprint_sees_sizes_pieces_and_if_asked_times(tree, make, monkeypatch):
     def seen(times=False):
         return fingerprint(find([str(tree / "files"), str(tree / "rows")]), times)
 
@@ -166,6 +174,13 @@ def test_the_fingerprint_sees_sizes_pieces_and_if_asked_times(tree, monkeypatch)
         patch.setattr(folders, "PIECE_ROWS", 1)
         assert seen()["sha256"] != plain["sha256"]
         assert seen() | {"sha256": ""} == plain | {"sha256": ""}
+    write_folder(make, tree / "files/list.csv", range(6, 13))
+    sums = set()
+    for rows in (4, 5):  # two pieces each
+        monkeypatch.setattr(folders, "PIECE_ROWS", rows)
+        sums.add(seen()["sha256"])
+    assert len(sums) == 2
+    plain, timed = seen(), seen(times=True)
     os.utime(tree / "rows/a.parquet", (1, 1))
     assert seen() == plain
     assert seen(times=True) != timed
@@ -212,6 +227,12 @@ def test_a_bucket_gives_what_the_local_folder_does(remote, tmp_path, monkeypatch
     assert [i.count(9) for i in fetched] == [len(pairs) for pairs in expected]
     reasons = [item.reason for pairs in expected for item in pairs if isinstance(item, Skip)]
     assert reasons == ["missing_image", "malformed_row"]
+
+
+def test_a_large_file_in_a_bucket_is_not_cut(remote, monkeypatch):
+    monkeypatch.setattr(parquet, "PIECE_BYTES", 1)
+    assert [i.piece for i in find([f"{remote.url}/all/rows"])] == [None]
+    assert remote.asked("a.parquet") == 0
 
 
 def test_folders_and_patterns_in_a_bucket(remote):

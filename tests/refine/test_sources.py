@@ -1,8 +1,9 @@
+import hashlib
 import json
 
 import pytest
 
-from refine.sources import ImageError, Pair, Skip, image_size, read_pairs
+from refine.sources import ImageError, Pair, Skip, image_size, read_pairs, uid_of
 
 
 def read(path) -> list[Pair | Skip]:
@@ -116,6 +117,31 @@ def test_a_bomb_is_refused_before_it_is_decoded(make):
         assert e.value.reason == "image_too_large"
     with pytest.raises(ImageError, match="40x30 pixels, more than 1,199"):
         image_size(make.image(1, "PNG", (40, 30)), 1199)
+
+
+@pytest.mark.parametrize(
+    ("given", "content"),
+    [
+        ("0123456789ABCDEF" * 2, None),
+        (" seven\n", b"seven"),
+        (b"seven", b"seven"),
+        (7, b"7"),
+        ("a" * 31, b"a" * 31),
+        ("g" * 32, b"g" * 32),
+        (b"\xff", b"\xed\xb3\xbf"),
+    ],
+)
+def test_an_id_gives_the_uid_whatever_the_image(given, content):
+    expected = hashlib.sha256(content).hexdigest()[:32] if content else given.lower()
+    assert {uid_of(given, image, "a") for image in (b"1", b"2", None)} == {expected}
+
+
+@pytest.mark.parametrize("given", [None, "", " ", b"", [7], {"a": 1}, 0.5])
+def test_without_an_id_image_and_caption_give_the_uid(given):
+    assert uid_of(given, None, "a") == ""
+    content = hashlib.sha256(b"image").digest() + "café".encode()
+    assert uid_of(given, b"image", "café") == hashlib.sha256(content).hexdigest()[:32]
+    assert uid_of(given, b"a", "\ud800") == uid_of(None, b"a", "\ud800")
 
 
 def test_a_skip_line_leaves_out_what_is_empty():
