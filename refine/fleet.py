@@ -60,6 +60,7 @@ class Local:
             _Start(job, visible[i * self.gpus : (i + 1) * self.gpus], each) for i in range(engines)
         ]
         with Workers(max(1, self.workers // 4), job.open) as sealers:
+            sealers.warm()
             return _Fleet(starts, deque(missing), sealers).run()
 
 

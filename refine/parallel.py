@@ -47,6 +47,10 @@ class Workers:
         with _told():
             return self._pool.submit(_call, function, item)
 
+    def warm(self) -> None:
+        """Starts a process before there is work for it: imports take a second or two."""
+        self.submit(_idle, None)
+
     def map(self, function: Callable, items: Iterable) -> Iterator:
         """Yields function(state, item) for each item, in order; takes a few items ahead.
 
@@ -103,6 +107,10 @@ def ordered_map(
         return
     with Workers(workers, setup) as pool:
         yield from pool.map(function, items)
+
+
+def _idle(state: Any, item: None) -> None:
+    pass
 
 
 def _start(setup: Callable) -> None:
