@@ -212,9 +212,9 @@ def _globbed(pattern: str) -> list[Found]:
     # a pattern with an extension means files right here.
     for file in _listed(base, recursive=len(parts) > 1 or not os.path.splitext(parts[0])[1]):
         names = file.address[len(base) + 1 :].split("/")
-        if not file.folder and _fits(names, parts):
+        if _fits(names, parts):
             found[file.address] = file
-        for depth in range(1, len(names) + file.folder):
+        for depth in range(1, len(names)):
             if _fits(names[:depth], parts):
                 address = "/".join([base, *names[:depth]])
                 found[address] = Found(address, folder=True)
