@@ -135,6 +135,13 @@ def test_the_new_data_set_is_whole_and_says_where_it_is_from(source, tmp_path, s
     assert [row["uid"].decode() for row in opened] == [make_record(n).uid for n in (0, 5)]
 
 
+def test_a_record_is_counted_under_the_first_rule_that_it_fails(source, tmp_path, counts):
+    assert run(source, tmp_path / "new", "--min-clip", 15, "--keep-top", 0.4) == 0
+    assert counts(tmp_path / "new") == {
+        "pairs": 6, "joined": 2, "no_clip_score": 1, "low_clip_score": 1, "not_in_top": 2,
+    }  # fmt: skip
+
+
 def test_a_judges_rules(source, tmp_path, records, counts, monkeypatch):
     answers = {}
     for n, (desc, neg_desc) in enumerate([(9, 0), (6, 0), (9, 5), ("?", 0), (8, "?"), (7, 3)]):

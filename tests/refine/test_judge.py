@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ class Fake:
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, Reply):
-            return [Reply(request.key, failure=answer.failure, detail=answer.detail)]
+            return [replace(answer, key=request.key)]
         return [Reply(request.key, answer)]
 
     def close(self) -> None:
@@ -119,7 +120,7 @@ def test_an_answer_without_a_rating_is_asked_again_within_the_budget():
 
 
 def test_a_failure_is_final():
-    backend = Fake({("text 0", 0): Reply("", failure="refused_by_server", detail="400")})
+    backend = Fake({("text 0", 0): Reply("", "7", "refused_by_server", "400")})
     (verdict,) = judge(backend, requests(1), retries=2)
     assert verdict.rating is None and verdict.why == "refused_by_server: 400"
     assert backend.asked == [("text 0", 0)]
