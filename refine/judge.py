@@ -26,7 +26,7 @@ COLUMNS = (*JUDGED, "unread")
 LARGEST_PICTURE = 89_478_485  # pixels
 TEXT_LIMIT = 2_000  # characters of a text that the judge sees
 AHEAD = 64  # pictures that are decoded while the judge works
-SAMPLING = Sampling(max_tokens=32, retries=2)
+SAMPLING = Sampling(max_tokens=1024, retries=2)  # room for one that thinks first
 PROMPT = Prompt(
     "judge-v1",
     """\

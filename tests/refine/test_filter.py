@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hqclip_jax.data.check import main as check
 from hqclip_jax.data.shards import open_source
 from refine import scoring
 from refine.__main__ import main
@@ -71,6 +70,13 @@ def run(source, target, *options) -> int:
     return main(["filter", str(source), "--output", str(target), *fixed, *map(str, options)])
 
 
+def sound(target) -> bool:
+    """Whether every shard, record and picture is as it should be."""
+    from hqclip_jax.data.check import main as check
+
+    return check([str(target), "--workers", "1"]) == 0
+
+
 def kept(target, records) -> list[int]:
     return [int(r.caption.split()[-1]) for r in records(target)]
 
@@ -110,7 +116,7 @@ def test_a_weak_negative_goes_alone_and_the_rest_is_as_it_was(source, tmp_path, 
 def test_the_new_data_set_is_whole_and_says_where_it_is_from(source, tmp_path, skipped, capsys):
     new = tmp_path / "new"
     assert run(source, new, "--keep-top", 0.4) == 0
-    assert check([str(new), "--workers", "1"]) == 0
+    assert sound(new)
     manifest = json.loads((new / "manifest.json").read_text())
     assert (manifest["records"], manifest["engine"]) == (2, "test")
     assert manifest["plan"]["refiner"] == "vllm:student:0123456789ab"
@@ -247,7 +253,7 @@ def test_twenty_kills(tmp_path, read_tree):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            assert not (new / "manifest.json").exists() or check([str(new), "--workers", "1"]) == 0
+            assert not (new / "manifest.json").exists() or sound(new)
         kills += 1
     subprocess.run([*command, str(new)], env=environment, check=True)
     for finished in (new, *tmp_path.glob("done-*")):

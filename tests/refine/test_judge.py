@@ -185,3 +185,42 @@ def test_the_name_says_who_judged_and_how():
     names.add(JudgeScorer(other).about.name)
     assert len(names) == 3 and all(name.startswith("judge-") for name in names)
     assert JudgeScorer(Fake()).about.name == JudgeScorer(Fake()).about.name
+
+
+def test_a_server_judges(output, monkeypatch):
+    pytest.importorskip("openai")
+    from refine.engines.openai import Server
+    from tests.refine.endpoint import Endpoint, caption_of
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def answer(body: dict) -> str:
+        return "**Rating: 2/10**" if "number 6" in caption_of(body) else "Rating: 8"
+
+    plan = lambda number, body: "500" if number % 5 == 1 else "ok"
+    with Endpoint(plan, answer) as endpoint:
+        with closing(JudgeScorer(Server("judge", endpoint.url, slots=3))) as scorer:
+            rows = fill(output, scorer).rows(np.arange(8))
+        assert endpoint.most <= 3 and "Rate from 0 to 10" in caption_of(endpoint.bodies[0])
+        asked = len(endpoint.bodies)
+    assert rows["caption"][[0, 6]].tolist() == [8, 2] and rows["desc"][6] == 8
+    assert rows["unread"].tolist() == [0, 0, 3, 0, 0, 0, 0, 0]
+    assert asked > 3 * 8 - 3 - 2 - 3  # every text, and those that failed again
+
+
+@pytest.mark.lvlm
+def test_vllm_judges(output, tmp_path, monkeypatch):
+    """A tiny model of random weights says nothing of sense, and every text is counted as unread or
+    has a rating."""
+    from refine.engines.vllm import Vllm
+    from tests.refine.real_engine import ENVIRONMENT, OPTIONS, tiny
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("refine.judge.SAMPLING", replace(SAMPLING, max_tokens=16))
+    model = Vllm(str(tiny(tmp_path / "tiny")), slots=4, options=OPTIONS)
+    with closing(JudgeScorer(model, max_pixels=112 * 112)) as scorer:
+        rows = fill(output, scorer).rows(np.arange(8))
+    assert rows["scored"].all()
+    rated = sum(np.isfinite(rows[name]).astype(int) for name in ("caption", "desc", "neg_desc"))
+    assert (rated + rows["unread"]).tolist() == [3, 3, 3, 1, 0, 3, 3, 3]
