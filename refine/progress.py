@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 EVERY_SECONDS = 15.0
-console = Console(stderr=True, highlight=False)
+# What is printed holds names from outside: ":m:" in one is no emoji, and "[b]" no markup.
+console = Console(stderr=True, highlight=False, emoji=False, markup=False)
 
 
 class Lines:

@@ -137,7 +137,10 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
                 super().handle()
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            if len(sent) < int(self.headers["Content-Length"]):
+                return  # the server died meanwhile
+            body = json.loads(sent)
             with endpoint.lock:
                 number = len(endpoint.bodies)
                 endpoint.bodies.append(body)

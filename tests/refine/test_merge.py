@@ -84,14 +84,14 @@ def test_a_damaged_shard_is_found(tmp_path, shares, capfd, harm):
 
 
 def test_a_killed_merge_starts_anew(tmp_path, shares, records, monkeypatch):
-    from refine import merge as module
+    from refine import joining
 
     out = tmp_path / "out"
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_metadata", stop)
+    monkeypatch.setattr(joining, "write_metadata", stop)
     assert merge(*shares, "--output", out) == 130
     monkeypatch.undo()
     assert not (out / "manifest.json").exists()
