@@ -53,7 +53,7 @@ REASONS = {
 }
 
 THOUGHT_END = "</think>"
-LENIENT = json.JSONDecoder(strict=False)  # line breaks inside of strings do no harm
+DECODER = json.JSONDecoder()
 OBJECT_END = re.compile(r"[\]\"']\s*(?:,\s*)?\}")  # without one, the output was cut off
 LIST_END = re.compile(r"\][\s,`]*$")
 
@@ -125,7 +125,7 @@ def _read(raw: str) -> tuple[dict, bool]:
         reason = "refusal" if REFUSAL.search(text) else "no_json"
         raise Rejected(reason, f"the output begins {text[:80]!r}")
     try:
-        value, _ = LENIENT.raw_decode(text, start)
+        value, _ = DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict) and all(name in value for name in FIELDS):

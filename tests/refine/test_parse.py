@@ -46,6 +46,8 @@ def test_what_was_asked_for_is_kept_as_it_is():
         f"```\n{RAW}",
         f"Here is the JSON you asked for:\n\n{RAW}\n\nLet me know if you need more.",
         f'<think>A dog {{maybe}}, {{"desc": ["a fox."]}}</think>\n{RAW}',
+        f"<think>{RAW.replace('brown', 'pink')}</think>{RAW}",
+        f'{{"thoughts": ["a dog?"]}}\n{RAW}',
         f"[{RAW}]",
         f"{RAW}{RAW}",
         RAW + "}}]",
@@ -144,6 +146,7 @@ def test_a_cut_off_answer_is_kept_without_what_was_cut():
         (changed(tags=list("dog")), "item_size"),
         (changed(neg_desc=["a dog<|im_end|>"]), "markup"),
         (changed(desc=["a dog \ud800."]), "noise"),
+        (changed(desc=["a dog \u202e."]), "noise"),
         (changed(desc=["I'm sorry, I can't see the picture."]), "refusal"),
         (changed(neg_desc=["sentence 1", "sentence 2"]), "prompt_echo"),
         (changed(neg_desc=GOOD["desc"]), "equal_negative"),
@@ -155,6 +158,22 @@ def test_a_cut_off_answer_is_kept_without_what_was_cut():
 )
 def test_what_is_not_kept_has_a_reason(raw, expected):
     assert reason(raw) == expected
+
+
+def test_a_long_answer_is_kept_but_not_mended():
+    padded = RAW[:-1] + ', "more": "' + "".join(random.Random(0).choices("abc def", k=9_000))
+    assert parse(padded + '"}') == Parsed(TEXTS)
+    with pytest.raises(Rejected, match="too_long: broken JSON of 9,"):
+        parse(padded)
+
+
+def test_whatever_mending_stumbles_on_is_no_json(monkeypatch):
+    def stumble(*_, **__):
+        raise IndexError
+
+    monkeypatch.setattr("json_repair.loads", stumble)
+    with pytest.raises(Rejected, match="no_json: beyond mending: IndexError"):
+        parse(RAW[:-1])
 
 
 def test_every_reason_is_explained_and_seen_in_these_tests():
