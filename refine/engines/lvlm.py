@@ -130,7 +130,7 @@ def join(
             answers=1,
             prompt_tokens=answer.prompt_tokens,
             output_tokens=answer.output_tokens,
-            repaired=answer.repaired,
+            repaired=int(answer.repaired),
             retries=max(0, answer.attempts - 1),
         )
         if answer.texts is not None:
