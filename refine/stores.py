@@ -104,9 +104,7 @@ def matching(pattern: str) -> list[Found]:
         RefineError: as `look`.
     """
     if is_remote(pattern):
-        found = _globbed(pattern.rstrip("/"))
-        if pattern.endswith("/"):
-            found = [file for file in found if file.folder]
+        found = _globbed(pattern)
     else:
         found = [look(name) for name in glob.glob(pattern, recursive=True)]
     return sorted((f for f in found if f), key=lambda f: f.address)
@@ -206,11 +204,13 @@ def _globbed(pattern: str) -> list[Found]:
     if not magic:
         return []
     base = pattern[: magic.start()].rpartition("/")[0]
-    parts = pattern[len(base) + 1 :].split("/")
-    found: dict[str, Found] = {}
+    parts = pattern[len(base) + 1 :].rstrip("/").split("/")
+    folders = pattern.endswith("/")
     # Stores know no folders, and gs:// lists none, so they are told from what lies below them; only
     # a pattern with an extension means files right here.
-    for file in _listed(base, recursive=len(parts) > 1 or not os.path.splitext(parts[0])[1]):
+    below = folders or len(parts) > 1 or not os.path.splitext(parts[0])[1]
+    found: dict[str, Found] = {}
+    for file in _listed(base, recursive=below):
         names = file.address[len(base) + 1 :].split("/")
         if _fits(names, parts):
             found[file.address] = file
@@ -218,7 +218,7 @@ def _globbed(pattern: str) -> list[Found]:
             if _fits(names[:depth], parts):
                 address = "/".join([base, *names[:depth]])
                 found[address] = Found(address, folder=True)
-    return list(found.values())
+    return [file for file in found.values() if file.folder or not folders]
 
 
 def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:

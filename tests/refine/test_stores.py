@@ -7,7 +7,15 @@ from refine.errors import RefineError
 from refine.stores import Found, ask, children, look, matching, whole
 from tests.refine.buckets import bucket, server  # noqa: F401 (fixtures)
 
-KEYS = ["data/a/1.tar", "data/a/2.tar", "data/b/c/3.tar", "data/x.txt", "data/y[1].tar", "top.tar"]
+KEYS = [
+    "data/a/1.tar",
+    "data/a/2.tar",
+    "data/b/c/3.tar",
+    "data/x.txt",
+    "data/y[1].tar",
+    "top.tar",
+    "data/d.v1/4.tar",
+]
 NOTHING = ["none/*", "data/*.parquet"]
 PATTERNS = [
     "*.tar",
@@ -19,6 +27,8 @@ PATTERNS = [
     "data/*/*.tar",
     "data/?/c/*.tar",
     "data/**/*.tar",
+    "data/*.v1/*.tar",
+    "data/*.v1/",
     "data/**",
     "**/3.tar",
     *NOTHING,
