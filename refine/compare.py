@@ -6,6 +6,7 @@ from pathlib import Path
 
 from refine import scoring
 from refine.arguments import positive
+from refine.errors import RefineError
 
 EPILOG = """\
 examples:
@@ -95,6 +96,10 @@ def _dollars(text: str) -> float:
 
 def _compare(args: argparse.Namespace) -> None:
     # The parser answers --help without the second that these imports take.
+    try:
+        import matplotlib  # noqa: F401 (only to say so before anything is scored)
+    except ImportError as e:
+        raise RefineError("compare draws with matplotlib: pip install 'matplotlib>=3.9,<4'") from e
     from refine.compare_report import show, write_report
     from refine.comparison import Prices, compare, label
     from refine.outputs import Output

@@ -16,6 +16,7 @@ from refine.pages import SHOWN, folded, secured, visible
 from refine.pictures import prepared
 from refine.sources import ImageError
 from refine.specimens import Rejected
+from refine.verdicts import REASONS
 
 THUMBNAIL_PIXELS = 400 * 300
 LARGEST_PICTURE = 89_478_485  # pixels
@@ -72,7 +73,7 @@ def document(
         rejected: quarantined pairs to show.
         pictures: encoded, of quarantined pairs, by source and key.
     """
-    named = COUNTS.get
+    named = (REASONS | COUNTS).get
     name = output.directory.resolve().name.encode("utf-8", "replace").decode()
     sections = [
         ("Summary", [element("div", *_facts(output), *_counts(output, named), class_="facts")]),

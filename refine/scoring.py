@@ -83,17 +83,18 @@ def score(
         RefineError: a scorer can't be loaded or gave up; what it said until then is kept.
     """
     found: list[dict[str, Scores]] = [{} for _ in outputs]
+    model = _judge(args) if args.judge_model else None  # what is wrong with it is told at once
     if args.clip:
         from refine.clip import Clip
 
         with closing(Clip(args.clip, args.clip_python, args.clip_batch)) as clip:
             for scores, output, chosen in zip(found, outputs, numbers):
                 scores[CLIP] = clip.scores(output, chosen)
-    if args.judge_model:
+    if model:
         from refine.judge import JudgeScorer
         from refine.scores import fill
 
-        with closing(JudgeScorer(_judge(args), args.judge_pixels)) as judge:
+        with closing(JudgeScorer(model, args.judge_pixels)) as judge:
             for scores, output, chosen in zip(found, outputs, numbers):
                 scores[JUDGE] = fill(output, judge, chosen)
     return found

@@ -31,17 +31,9 @@ from refine.scoring import CLIP
 from refine.sink import QUARANTINE_FILE, Part, PartWriter, part_directory
 from refine.sources import Skip
 from refine.storage import locked, write_json
-from refine.verdicts import REASONS_OF_RULES, Rules, least_of_top
+from refine.verdicts import KEPT, REASONS, Rules, least_of_top
 
 PARTS, RUN_FILE = ".parts", "run.json"
-KEPT = "joined"
-REASONS = {
-    "pairs": "records read",
-    KEPT: "records kept",
-    **REASONS_OF_RULES,
-    "negatives_dropped": "of those kept: negative descriptions dropped",
-    "negative_tags_dropped": "of those kept: negative tags dropped",
-}
 NO_LOSERS = Losers(*(np.empty(0, kind) for kind in ("i8", "i8", "S16", "i8")), distinct=0)
 
 

@@ -7,13 +7,18 @@ import numpy as np
 
 from refine.scoring import CLIP, JUDGE
 
-REASONS_OF_RULES = {
+KEPT = "joined"
+REASONS = {
+    "pairs": "records read",
+    KEPT: "records kept",
     "no_clip_score": "no CLIP score: no description, or a picture that does not decode",
     "low_clip_score": "CLIP score of the description too low",
     "not_in_top": "not among those with the highest CLIP score",
     "no_judge_score": "no rating of the description",
     "low_judge_score": "rating of the description too low",
     "weak_negative": "negative description that fits too well",
+    "negatives_dropped": "of those kept: negative descriptions dropped",
+    "negative_tags_dropped": "of those kept: negative tags dropped",
 }
 
 

@@ -16,6 +16,7 @@ from refine.scores import CLIP_COLUMNS, About, Scores, fill
 from tests.refine.outputs import make_record, write_output
 from tests.refine.test_judge import Fake
 
+JUDGE = scoring._judge
 STATS = {
     "answers": 10, "prompt_tokens": 5_000, "output_tokens": 2_000, "seconds": 36.0,
     "images_per_second": 0.28,
@@ -191,3 +192,13 @@ def test_outputs_of_other_pairs(pair, tmp_path, capfd):
     other = write_output(tmp_path / "other", [[make_record(i) for i in range(50, 53)]])
     assert run(pair[0], other, "--out", tmp_path / "cmp") == 2
     assert "no uid is in all of plain, other" in capfd.readouterr().err
+
+
+def test_a_judge_that_can_not_be_is_told_before_anything_is_scored(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "_judge", JUDGE)
+    options = ("--clip", "x", "--judge-model", "y", "--judge-url", "http://localhost/v1")
+    with pytest.raises(SystemExit):
+        run(*pair, "--out", tmp_path / "cmp", *options)
+    options = (*options[:-1], "no address", "--judge-engine", "openai")
+    assert run(*pair, "--out", tmp_path / "cmp", *options) == 2
+    assert Rule.asked == 0
