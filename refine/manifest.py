@@ -23,6 +23,8 @@ COUNTS = {
     "malformed_json": "malformed JSON",
     "no_uid": "no uid",
     "broken_tar": "broken or truncated tar",
+    "broken_parquet": "broken Parquet file or row group",
+    "malformed_row": "malformed row of a listing",
     "not_asked": "picture that changed while a model was asked about it",
     "truncated": "answer cut at its limit",
     "refused_by_server": "refused by the server",
