@@ -16,14 +16,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from hqclip_jax import scenes
-from hqclip_jax.demo_report import CAVEATS, Told, gallery_scenes
+from hqclip_jax.demo_report import Shown, Told, gallery
 from hqclip_jax.report import write
 from hqclip_jax.shapes import HELD_OUT, PAIRS, encode
 from hqclip_jax.telemetry import read_metrics, setup_logging
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +55,14 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train: what is laid over the configuration."""
+    """One way to train: what is laid over the configuration, and the data set in the folder."""
 
     name: str
     title: str
     p_desc: float
     hni: float
     tag: float
+    data: str = "data"
 
 
 RECIPES = (
@@ -89,13 +94,13 @@ class Stages:
 
     Args:
         out: the folder; its `stages.json` holds the settings and the stages.
-        settings: what the folder's results are made with.
+        settings: what the folder's results are made with; a dataclass.
 
     Raises:
         DemoError: the folder holds results made with other settings.
     """
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: "DataclassInstance") -> None:
         self.path = out / "stages.json"
         self.seconds: dict[str, float] = {}
         self.finished: list[str] = []
@@ -138,43 +143,44 @@ def render(out: Path, settings: Settings) -> None:
     """Writes the pairs, their annotations, and the evaluation suite, in the published layouts."""
     scenes.write_pairs(out / "pairs", settings.scenes, settings.seed)
     scenes.write_annotations(out / "annotations", settings.scenes, settings.seed)
-    folder, items, sets = out / "eval", settings.items, []
+    render_suite(out / "eval", settings.items, settings.seed)
+
+
+def render_suite(folder: Path, items: int, seed: int) -> None:
+    """Writes the evaluation sets, of about `items` pictures each, and `suite.json`."""
+    sets = []
     for name, split in (("seen", "train"), ("held_out", "test")):
         pairs = [p for p in PAIRS if (p in HELD_OUT) == (name == "held_out")]
         per_class = max(1, items // len(pairs))
-        scenes.write_zeroshot(folder / f"zeroshot_{name}", per_class, settings.seed + 1, pairs)
-        scenes.write_hard_negatives(
-            folder / f"hard_negatives_{name}", items, settings.seed + 2, split
-        )
+        scenes.write_zeroshot(folder / f"zeroshot_{name}", per_class, seed + 1, pairs)
+        scenes.write_hard_negatives(folder / f"hard_negatives_{name}", items, seed + 2, split)
         sets += [f"zeroshot_{name}", f"hard_negatives_{name}"]
-    scenes.write_retrieval(folder / "retrieval", items, settings.seed + 1)
+    scenes.write_retrieval(folder / "retrieval", items, seed + 1)
     sets = [(name.removesuffix("_seen").removesuffix("_held_out"), name) for name in sets]
     sets.append(("retrieval", "retrieval"))
     listed = [{"task": task, "name": name, "path": name} for task, name in sets]
     write_json(folder / "suite.json", {"sets": listed})
 
 
-def refine(out: Path) -> None:
+def refine(pairs: Path, annotations: Path, data: Path) -> None:
     """Joins annotations and pairs into the data set, as a real one would be."""
     from refine.__main__ import main
 
-    pairs, annotations = str(out / "pairs"), str(out / "annotations")
     status = main(
-        ["run", "--engine=annotations", "--input", pairs, "--annotations", annotations,
-         "--annotator=scenes", f"--output={out / 'data'}", "--name=scenes"]
+        ["run", "--engine=annotations", "--input", str(pairs), "--annotations", str(annotations),
+         "--annotator=scenes", f"--output={data}", "--name=scenes"]
     )  # fmt: skip
     if status:
         raise DemoError("the refinement did not finish; the same command goes on", status)
 
 
-def train(out: Path, settings: Settings, recipe: Recipe) -> None:
+def train(out: Path, samples: int, seed: int, recipe: Recipe) -> None:
     """Trains one recipe, or continues it from its last checkpoint."""
     from hqclip_jax.train import main
 
     overrides = {
-        "data.path": out / "data", "data.p_desc": recipe.p_desc, "loss.hni": recipe.hni,
-        "loss.tag": recipe.tag, "optim.duration": f"{settings.samples} samples",
-        "seed": settings.seed,
+        "data.path": out / recipe.data, "data.p_desc": recipe.p_desc, "loss.hni": recipe.hni,
+        "loss.tag": recipe.tag, "optim.duration": f"{samples} samples", "seed": seed,
     }  # fmt: skip
     arguments = [f"--config={CONFIG}", f"--workdir={out / 'train' / recipe.name}"]
     status = main(arguments + [f"--config.{name}={value}" for name, value in overrides.items()])
@@ -185,7 +191,7 @@ def train(out: Path, settings: Settings, recipe: Recipe) -> None:
         )  # fmt: skip
 
 
-def evaluate(out: Path) -> None:
+def evaluate(out: Path, recipes: Sequence[Recipe], shown: Sequence[Shown]) -> None:
     """Scores every recipe on every set, and the gallery's pictures with their own two texts."""
     from hqclip_jax.evals.datasets import Example
     from hqclip_jax.evals.embed import Embedder
@@ -193,10 +199,8 @@ def evaluate(out: Path) -> None:
     from hqclip_jax.evaluate import failed, run_suite
     from hqclip_jax.restore import restore_model
 
-    shown = gallery_scenes()
-    texts = [scenes.annotation(s) for s in shown]
     results = {}
-    for recipe in RECIPES:
+    for recipe in recipes:
         restored = restore_model(out / "train" / recipe.name)
         embedder = Embedder(
             restored.model, restored.params, restored.tokenizer,
@@ -205,12 +209,10 @@ def evaluate(out: Path) -> None:
         scores = run_suite(embedder, load_suite(str(out / "eval" / "suite.json")))
         if names := failed(scores):
             raise DemoError(f"{recipe.title!r} could not be scored on {', '.join(names)}", 1)
-        examples = (Example(f"scene {s.key}", encode(s)) for s in shown)
+        examples = (Example(f"scene {s.scene.key}", encode(s.scene)) for s in shown)
         zimg = next(embedder.images(examples))[1]
-        cosines = {
-            field: (zimg * embedder.texts([", ".join(t[field]) for t in texts])).sum(axis=1)
-            for field in ("desc", "neg_desc")
-        }
+        texts = {"desc": [s.desc for s in shown], "neg_desc": [s.neg_desc for s in shown]}
+        cosines = {field: (zimg * embedder.texts(texts[field])).sum(axis=1) for field in texts}
         gallery = {field: [float(c) for c in cosines[field]] for field in cosines}
         results[recipe.name] = {"sets": scores, "gallery": gallery}
     write_json(out / "scores.json", results)
@@ -222,23 +224,33 @@ def run(out: Path, settings: Settings, console: Console) -> None:
     Raises:
         DemoError: a stage did not finish; what is finished stays.
     """
-    stages = Stages(out, settings)
+    stages, shown = Stages(out, settings), gallery()
     stages.run("render", lambda: render(out, settings))
-    stages.run("refine", lambda: refine(out))
+    stages.run("refine", lambda: refine(out / "pairs", out / "annotations", out / "data"))
     for recipe in RECIPES:
-        stages.run(f"train {recipe.name}", lambda recipe=recipe: train(out, settings, recipe))
-    stages.run("evaluate", lambda: evaluate(out))
-
-    titles = {recipe.name: recipe.title for recipe in RECIPES}
-    results = json.loads((out / "scores.json").read_text())
-    curves = {name: read_metrics(out / "train" / name) for name in titles}
+        stages.run(
+            f"train {recipe.name}",
+            lambda recipe=recipe: train(out, settings.samples, settings.seed, recipe),
+        )
+    stages.run("evaluate", lambda: evaluate(out, RECIPES, shown))
     setting = f"{settings.scenes:,} pictures, {settings.samples:,} samples per training"
-    told = Told(titles, results, curves, gallery_scenes(), stages.seconds, setting)
+    tell(out, Told(*results_of(out, RECIPES), shown, stages.seconds, setting), console)
+
+
+def results_of(out: Path, recipes: Sequence[Recipe]) -> tuple[dict, dict, dict]:
+    """Titles, scores and training metrics, each by the recipe's name."""
+    titles = {recipe.name: recipe.title for recipe in recipes}
+    metrics = {name: read_metrics(out / "train" / name) for name in titles}
+    return titles, json.loads((out / "scores.json").read_text()), metrics
+
+
+def tell(out: Path, told: Told, console: Console) -> None:
+    """Prints the table and what it can't say, and writes the report."""
     console.print(told.rich_table())
-    for caveat in CAVEATS:
+    for caveat in told.caveats:
         console.print(f"- {caveat}", highlight=False)
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.seconds.items())
-    console.print(f"{spent}; {sum(stages.seconds.values()):.0f} s in all", highlight=False)
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in told.seconds.items())
+    console.print(f"{spent}; {sum(told.seconds.values()):.0f} s in all", highlight=False)
     report = write(out / "report.html", told.page())
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
 

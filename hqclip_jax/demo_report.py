@@ -39,6 +39,10 @@ CAVEATS = (
     "of all recipes had been seen by then. Nothing here speaks of photographs or of other scales.",
 )
 
+LEAD = (
+    "The ablation of negative identification and tag classification in miniature: one tiny model, "
+    "trained three ways on rendered scenes."
+)
 GALLERY_SEED = 3
 
 
@@ -54,6 +58,26 @@ def margin(share: float, n: int) -> float:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture of the gallery with its alt-text, description and negative description."""
+
+    scene: Scene
+    caption: str
+    desc: str
+    neg_desc: str
+
+
+def gallery() -> list[Shown]:
+    """The gallery's scenes with the generator's own texts."""
+    shown = []
+    for scene in gallery_scenes():
+        told = scenes.annotation(scene)
+        alt_text = scenes.alt_text(scene, scene.rng(scenes.ALT_TEXT))
+        shown.append(Shown(scene, alt_text, ", ".join(told["desc"]), ", ".join(told["neg_desc"])))
+    return shown
+
+
+@dataclass(frozen=True)
 class Told:
     """The demo's results.
 
@@ -62,17 +86,25 @@ class Told:
         results: per recipe `sets` (scores by set) and `gallery` (cosines of each picture with its
             `desc` and `neg_desc`).
         metrics: per recipe the rows of its `metrics.jsonl`.
-        shown: the gallery's scenes.
+        shown: the gallery's pictures.
         seconds: wall time by stage.
         setting: sizes, in words.
+        title: of the report.
+        lead: what was done, in a sentence; the setting follows it.
+        caveats: what the numbers can't say.
+        sections: more headings with their parts, after the results.
     """
 
     titles: Mapping[str, str]
     results: Mapping[str, dict]
     metrics: Mapping[str, Sequence[Mapping[str, float]]]
-    shown: Sequence[Scene]
+    shown: Sequence[Shown]
     seconds: Mapping[str, float]
     setting: str
+    title: str = "HQ-CLIP in miniature"
+    lead: str = LEAD
+    caveats: Sequence[str] = CAVEATS
+    sections: Sequence[tuple[str, list[Markup]]] = ()
 
     def scores(self, recipe: str) -> list[float]:
         """One score for each of `COLUMNS`."""
@@ -116,16 +148,16 @@ class Told:
     def page(self) -> Markup:
         """The whole report."""
         lead = (
-            "The ablation of negative identification and tag classification in miniature: one tiny "
-            f"model, trained three ways on rendered scenes. {self.setting}; {len(HELD_OUT)} of "
-            f"{len(PAIRS)} colour-shape pairs occur in no training picture and no training text."
+            f"{self.lead} {self.setting}; {len(HELD_OUT)} of {len(PAIRS)} colour-shape pairs occur "
+            "in no training picture and no training text."
         )
-        caveats = Markup("").join(report.element("li", caveat) for caveat in CAVEATS)
+        caveats = Markup("").join(report.element("li", caveat) for caveat in self.caveats)
         return report.page(
-            "HQ-CLIP in miniature",
+            self.title,
             lead,
             [
                 ("Results", [self._results()]),
+                *self.sections,
                 ("What the numbers can't say", [report.element("ul", Markup(caveats))]),
                 ("Hard negatives by changed fact", [self._categories()]),
                 ("Training", [self._curves()]),
@@ -167,19 +199,18 @@ class Told:
 
     def _gallery(self) -> Markup:
         cards = []
-        for k, scene in enumerate(self.shown):
-            told = scenes.annotation(scene)
+        for k, shown in enumerate(self.shown):
             texts = [
-                ("alt-text", scenes.alt_text(scene, scene.rng(scenes.ALT_TEXT))),
-                ("description", ", ".join(told["desc"])),
-                ("negative", ", ".join(told["neg_desc"])),
+                ("alt-text", shown.caption),
+                ("description", shown.desc),
+                ("negative", shown.neg_desc),
             ]
             rows = []
             for recipe, title in self.titles.items():
                 cosines = self.results[recipe]["gallery"]
                 true, false = cosines["desc"][k], cosines["neg_desc"][k]
                 rows.append([title, report.verdict(f"{true:.2f}", true > false), f"{false:.2f}"])
-            cards.append(Card(encode(scene), texts, ("cosine", "desc.", "negative"), rows))
+            cards.append(Card(encode(shown.scene), texts, ("cosine", "desc.", "negative"), rows))
         note = report.element(
             "p",
             "The first test scenes of a seed of their own, each with a held-out pair; not chosen. "

@@ -233,7 +233,7 @@ def alterations(scene: Scene, fact: str) -> list[Scene]:
     return [s for s in found if s.count <= 3 and (scene.held_out or not s.held_out)]
 
 
-def _centers(scene: Scene) -> list[tuple[Group, float, float]]:
+def centers(scene: Scene) -> list[tuple[Group, float, float]]:
     """Where each shape goes, in pixels: two groups in two halves, one group in the middle."""
     low, middle, high = SIDE * 0.25, SIDE * 0.5, SIDE * 0.75
     if len(scene.groups) == 1:
@@ -257,7 +257,7 @@ def render(scene: Scene) -> np.ndarray:
     slope_x, slope_y = rng.uniform(-12, 12, 2)
     light = BACKGROUNDS[scene.background] + slope_x * x + slope_y * y
     image = np.repeat(light[..., None], 3, axis=-1)
-    for group, x, y in _centers(scene):
+    for group, x, y in centers(scene):
         draw(
             image,
             group.shape,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLProcessor
 
 HEAD = 32  # of what CPU attention takes, the smallest
-PATCH, MERGE = 14, 2
+MERGE = 2
 NAMES = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
 SPECIAL = {name: f"<|{name}|>" for name in NAMES.split()}
 TURN = "{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -39,6 +39,7 @@ def make_tiny(
     vision_hidden: int = 64,
     vision_layers: int = 2,
     image_size: int = 112,
+    patch: int = 14,
     vocabulary: int = 512,
     texts: Iterable[str] | None = None,
     context: int = 2048,
@@ -52,8 +53,8 @@ def make_tiny(
         layers: of the language model.
         vision_hidden: width of the vision tower, a multiple of 32.
         vision_layers: of the vision tower.
-        image_size: pixels; every picture is resized to about the square of it, so it costs
-            (image_size / 28)² tokens.
+        image_size: pixels; every picture is resized to about the square of it.
+        patch: pixels; a picture costs (image_size / patch / 2)² tokens.
         vocabulary: entries of the tokenizer at most; bytes and special tokens take 263.
         texts: what the tokenizer learns its entries from; by default texts of rendered scenes.
         context: tokens of question and answer at most.
@@ -64,9 +65,7 @@ def make_tiny(
 
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(scene_texts() if texts is None else texts, vocabulary)
-    config = make_config(
-        tokenizer, hidden, layers, vision_hidden, vision_layers, image_size, context
-    )
+    config = make_config(tokenizer, hidden, layers, vision_hidden, vision_layers, patch, context)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config)
@@ -74,7 +73,7 @@ def make_tiny(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     model.save_pretrained(directory)
-    make_processor(tokenizer, image_size).save_pretrained(directory)
+    make_processor(tokenizer, image_size, patch).save_pretrained(directory)
 
 
 def scene_texts(count: int = 500) -> Iterable[str]:
@@ -132,7 +131,7 @@ def make_config(
     layers: int,
     vision_hidden: int,
     vision_layers: int,
-    image_size: int,
+    patch: int,
     context: int,
 ) -> "Qwen2VLConfig":
     from transformers import Qwen2VLConfig
@@ -161,7 +160,7 @@ def make_config(
         "embed_dim": vision_hidden,
         "hidden_size": hidden,
         "num_heads": vision_hidden // HEAD,
-        "patch_size": PATCH,
+        "patch_size": patch,
         "spatial_merge_size": MERGE,
     }
     return Qwen2VLConfig(
@@ -176,11 +175,11 @@ def make_config(
     )
 
 
-def make_processor(tokenizer: "Qwen2Tokenizer", image_size: int) -> "Qwen2VLProcessor":
+def make_processor(tokenizer: "Qwen2Tokenizer", image_size: int, patch: int) -> "Qwen2VLProcessor":
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
-    patches = {"patch_size": PATCH, "merge_size": MERGE}
+    patches = {"patch_size": patch, "merge_size": MERGE}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, **patches),
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ import pytest
 from hqclip_jax import demo
 from hqclip_jax.config import load, split_overrides
 from hqclip_jax.demo import DemoError, Settings, Stages
-from hqclip_jax.demo_report import COLUMNS, Told, gallery_scenes, margin
+from hqclip_jax.demo_report import COLUMNS, Told, gallery, gallery_scenes, margin
 from hqclip_jax.shapes import HELD_OUT, PAIRS
 
 SETTINGS = Settings(scenes=12, samples=64, items=12, seed=5)
@@ -72,7 +72,7 @@ def test_suite_and_refinement_take_what_was_rendered(rendered):
     assert {e.name for e in suite} == {name for _, name, _ in COLUMNS}
     for evaluator in suite:
         evaluator.check()
-    demo.refine(rendered)
+    demo.refine(rendered / "pairs", rendered / "annotations", rendered / "data")
     assert len(open_source(rendered / "data")) == 12
 
 
@@ -82,7 +82,7 @@ def test_recipes_differ_only_in_what_they_are_said_to(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(hqclip_jax.train, "main", lambda argv: calls.append(argv) or 0)
     for recipe in demo.RECIPES:
-        demo.train(tmp_path, SETTINGS, recipe)
+        demo.train(tmp_path, SETTINGS.samples, SETTINGS.seed, recipe)
     configs = []
     for argv in calls:
         overrides, rest = split_overrides(argv)
@@ -98,7 +98,7 @@ def test_a_stopped_training_ends_the_demo_with_its_status(monkeypatch, tmp_path,
     import hqclip_jax.train
 
     monkeypatch.setattr(demo, "render", lambda out, settings: None)
-    monkeypatch.setattr(demo, "refine", lambda out: None)
+    monkeypatch.setattr(demo, "refine", lambda pairs, annotations, data: None)
     monkeypatch.setattr(hqclip_jax.train, "main", lambda argv: 143)
     assert demo.main(["--out", str(tmp_path)]) == 143
     assert "continues it from its last checkpoint" in " ".join(capsys.readouterr().out.split())
@@ -126,9 +126,7 @@ def told() -> Told:
     rows = [{"step": 1, "samples": 64, "loss/contrastive": 4.0, "accuracy": 0.1}]
     metrics = {"a": rows, "b": rows}
     titles = {"a": "recipe <A>", "b": "recipe B"}
-    return Told(
-        titles, scores, metrics, gallery_scenes(), {"render": 3.0, "refine": 4.0}, "12 pictures"
-    )
+    return Told(titles, scores, metrics, gallery(), {"render": 3.0, "refine": 4.0}, "12 pictures")
 
 
 def test_told_scores_chance_and_margins(told):
