@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,21 +57,18 @@ def describe(scene: Scene) -> list[str]:
     ]
 
 
-FALSIFIED = (
-    ("color", "shape", "relation", "swap"), ("texture",), ("size",), ("count", "background"),
-)  # fmt: skip
-"""For each sentence of `describe` the facts of which one is changed in a negative."""
-
-
-def contradict(
-    scene: Scene, rng: np.random.Generator, falsified: Sequence[Sequence[str]] = FALSIFIED
-) -> Scene:
+def contradict(scene: Scene, rng: np.random.Generator) -> Scene:
     """A scene of which every sentence of `describe` is false here.
 
     One fact changes for each sentence, but what is told stays one picture: a text that contradicts
     itself could be told from the true one without a look at the image.
     """
-    for facts in falsified:
+    for facts in (
+        ("color", "shape", "relation", "swap"),
+        ("texture",),
+        ("size",),
+        ("count", "background"),
+    ):
         scene = pick(rng, pick(rng, [a for fact in facts if (a := alterations(scene, fact))]))
     return scene
 
@@ -121,11 +118,14 @@ def alt_text(scene: Scene, rng: np.random.Generator) -> str:
     return pick(rng, DECORATIONS).format(told)
 
 
-def annotation(
-    scene: Scene, falsified: Sequence[Sequence[str]] = FALSIFIED
-) -> dict[str, list[str]]:
-    """The four lists of a published annotation; of the negative tags those that are false."""
-    negative = contradict(scene, scene.rng(ANNOTATION), falsified)
+def annotation(scene: Scene, negative: Scene | None = None) -> dict[str, list[str]]:
+    """The four lists of a published annotation; of the negative tags those that are false.
+
+    Args:
+        scene: the true one.
+        negative: one of which every sentence is false here; by default `contradict` draws it.
+    """
+    negative = negative or contradict(scene, scene.rng(ANNOTATION))
     true = tags(scene)
     return {
         "tags": true,

@@ -134,10 +134,13 @@ def test_the_teacher_names_the_left_or_upper_group_first():
     assert [text for text in told if "left of" in text] and [t for t in told if "above" in t]
 
 
-def test_each_of_the_teachers_negatives_changes_what_it_is_said_to():
-    for index in range(100):
-        scene = sample(5, index)
-        texts = scene_teacher.annotation(scene)
-        told = read(texts["neg_desc"][3])
-        assert told.total == scene.count and told.background != scene.background
-        assert all(a != b for a, b in zip(texts["desc"], texts["neg_desc"]))
+def test_the_teacher_falsifies_the_first_group_and_the_background():
+    changed = Counter()
+    for index in range(200):
+        scene = scene_teacher.in_order(sample(5, index))
+        false = scene_teacher.contradict(scene)
+        assert false.groups[1:] == scene.groups[1:] and false.background != scene.background
+        facts = {f for f, v in vars(scene.groups[0]).items() if v != getattr(false.groups[0], f)}
+        assert facts - {"color", "shape"} == {"texture", "size"}
+        changed[scene.groups[0].count > 1, *(facts & {"color", "shape"})] += 1
+    assert set(changed) == {(True, "shape"), (False, "color")}
