@@ -5,7 +5,7 @@ import math
 
 from PIL import Image, ImageOps
 
-from refine.sources import ImageError
+from refine.sources import FORMATS, ImageError
 
 
 def prepared(data: bytes, skip_pixels: int, max_pixels: int) -> Image.Image:
@@ -23,7 +23,7 @@ def prepared(data: bytes, skip_pixels: int, max_pixels: int) -> Image.Image:
         ImageError: "corrupt_image" or "image_too_large".
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > skip_pixels:
                 raise ImageError(

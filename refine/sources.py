@@ -16,6 +16,8 @@ from refine.tars import BrokenTar, members, open_tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
+# Of Pillow's many decoders, those that training reads; one of the others starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE | re.ASCII)
 CAPTION_COLUMNS = ("caption", "text", "txt", "alt_text", "title")  # the first there is counts
 UID_COLUMNS = ("uid", "id", "key")
@@ -178,7 +180,7 @@ def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         ImageError: "corrupt_image" or "image_too_large".
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
                 image.load()

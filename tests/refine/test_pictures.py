@@ -75,6 +75,7 @@ def test_grey_cmyk_and_sixteen_bits():
     [
         (b"", "corrupt_image"),
         (b"\xff\xd8 no picture", "corrupt_image"),
+        (encoded(ramp(40, 40), "EPS"), "corrupt_image"),  # its decoder is another program
         (encoded(ramp(40, 40), "JPEG")[:-60], "corrupt_image"),
         (encoded(ramp(40, 40), "PNG")[:100], "corrupt_image"),
         (encoded(ramp(200, 60), "PNG"), "image_too_large"),
