@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 
@@ -20,6 +21,7 @@ SENTENCES = [
     "ein Rindfleischetikettierungsüberwachungsaufgabengesetz.",
     "東京タワーの前に二人の子供が立っている。",
     "एक लड़की लाल साड़ी में खड़ी है।",
+    "की टोपी।",
     "یک سگ قهوه\u200cای روی فرش می\u200cخوابد.",
     "a family emoji 👨\u200d👩\u200d👧 and a heart ❤\ufe0f on a phone.",
     "the lake is 1000000 years old.",
@@ -143,6 +145,13 @@ def test_normal_forms():
     assert normal("STRASSE") == normal("straße")
     assert normal("...") == "..." and normal("🐶") != normal("🐱")
     assert normal("की") != normal("कि")
+
+
+def test_a_long_text_takes_no_longer_than_it_is():
+    begin = time.process_time()
+    for text in ("! " * 30_000, "< " * 30_000, "<a" * 30_000, "i am " * 12_000, "sorry " * 10_000):
+        assert flaw(text, tag=False) in ("repetition", "markup", "item_size")
+    assert time.process_time() - begin < 2
 
 
 def test_loops():

@@ -209,7 +209,7 @@ def test_long_text_is_cut_at_a_word(limit):
 
 
 def test_a_cut_at_the_end_of_a_word_keeps_the_word():
-    assert fence("one two three", 7) == "one two"
+    assert fence("one two three four", 13) == "one two three"
     assert fence("one two three", 8) == "one two"
     assert fence("one two three", 12) == "one two"
 
