@@ -87,7 +87,6 @@ def test_the_same_command_asks_nothing_again(tmp_path, pairs, records):
     assert len(records(out / "annotated")) == 25
 
 
-@pytest.mark.xfail(strict=True, reason="a run does not yet tell the backend what earlier ones used")
 def test_the_limit_of_cost_holds_over_all_starts(tmp_path, pairs, records):
     prices = ("--price-in", 10, "--price-out", 100, "--max-tokens", OUTPUT_TOKENS)
     each = (PROMPT_TOKENS * 10 + OUTPUT_TOKENS * 100) / 1e6
