@@ -27,7 +27,7 @@ from refine.parts import Job, make_part
 from refine.progress import console, progress
 
 CRASHES = 3  # of one engine, with nothing answered between them
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 WANT, READY, FAILED = "want", "ready", "failed"
 
 
@@ -248,10 +248,11 @@ def _serve(start: _Start, connection: Connection) -> None:
             yield number
 
     def opened() -> Backend:
-        backend = start.job.engine.backend()
-        send((READY, backend.note))
-        return backend
+        backends.append(start.job.engine.backend())
+        send((READY, backends[0].note))
+        return backends[0]
 
+    backends: list[Backend] = []
     try:
         maker = start.job.open()
         with Workers(start.workers, start.job.open) as workers:
@@ -259,3 +260,7 @@ def _serve(start: _Start, connection: Connection) -> None:
                 send(event)
     except (RefineError, OSError) as e:
         send((FAILED, str(e)))
+    connection.close()
+    for backend in backends:
+        backend.close()
+    os._exit(0)  # an interpreter with torch in it takes seconds to end by itself
