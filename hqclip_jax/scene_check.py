@@ -11,7 +11,17 @@ from dataclasses import dataclass, fields, replace
 from itertools import permutations, zip_longest
 
 from hqclip_jax.scenes import OPPOSITE
-from hqclip_jax.shapes import BACKGROUNDS, COLORS, NUMBERS, SHAPES, SIZES, TEXTURES, Group, Scene
+from hqclip_jax.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    NUMBERS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Group,
+    Scene,
+)
 
 SEVERAL = -1
 """The count of a plural without a number."""
@@ -140,8 +150,9 @@ def judge(texts: Mapping[str, Sequence[str]], scene: Scene) -> Counter[tuple[str
         scene: what was drawn.
 
     Returns:
-        How often (measure, right): the facts of each group; `pair` (colour and shape of one group),
-        `relation` (of two), `background`; `desc` and `tags` (texts that are true), `neg_desc` and
+        How often (measure, right): the facts of each group; `pair` (colour and shape of one
+        group; `held_out_pair` of those that training never shows), `relation` (of two),
+        `background`; `desc` and `tags` (texts that are true), `neg_desc` and
         `neg_tags` (texts that are false). An unreadable text is wrong in any field.
     """
     claims = [claim for text in texts["desc"] if (claim := read(text))]
@@ -153,7 +164,9 @@ def judge(texts: Mapping[str, Sequence[str]], scene: Scene) -> Counter[tuple[str
     )
     right = _right(told, order, scene)
     found = Counter((fact, fact in facts) for facts in right for fact in FACTS)
-    found.update(("pair", {"color", "shape"} <= facts) for facts in right)
+    for group, facts in zip(scene.groups, right):
+        pairs = ["pair"] + ["held_out_pair"] * ((group.color, group.shape) in HELD_OUT)
+        found.update((name, {"color", "shape"} <= facts) for name in pairs)
     grounds = [claim.background for claim in claims if claim.background]
     found["background", scene.background in grounds[:1]] += 1
     if len(scene.groups) == 2:

@@ -44,12 +44,13 @@ def train(
         every: steps from checkpoint to checkpoint.
     """
     from transformers import PrinterCallback
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
     from trl import SFTTrainer
 
     disable_progress_bar()  # one for each file that is written
-    model, processor = load(course)
+    set_verbosity_error()
     last = last_checkpoint(checkpoints)
+    model, processor = load(course, last)
     trainer = SFTTrainer(
         model=model,
         args=_settings(course, checkpoints, every),
@@ -64,17 +65,22 @@ def train(
     return trainer
 
 
-def load(course: Course) -> "tuple[PreTrainedModel, ProcessorMixin]":
-    """The model to begin with, and its processor.
+def load(course: Course, last: Path | None) -> "tuple[PreTrainedModel, ProcessorMixin]":
+    """The model to begin with or to go on with, and its processor.
+
+    The trainer restores a checkpoint's weights by their names in the module. Saving changes those
+    of vision-language models, and what it then does not find it leaves as it is, in silence: so all
+    weights come from the checkpoint before the trainer sees the model.
 
     Raises:
         RefineError: there is none, or it is of no family that transformers knows.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    weights = last if last and course.method == "full" else course.model
     try:
         processor = AutoProcessor.from_pretrained(course.model)
-        model = AutoModelForImageTextToText.from_pretrained(course.model, dtype=course.dtype)
+        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=course.dtype)
     except (OSError, ValueError) as e:
         raise RefineError(
             f"--model {course.model} can't be loaded: {e}; name a folder or a model of the hub "

@@ -20,7 +20,8 @@ from hqclip_jax.shapes import BACKGROUNDS, COLORS, SHAPES, SIDE, SIZES, TEXTURES
 from refine.arguments import positive
 from refine.parallel import ordered_map
 from refine.progress import progress
-from refine.tiny import MERGE, make_tiny
+from refine.prompts import Prompt, load_prompt
+from refine.tiny import MERGE, make_tiny, scene_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,13 +65,13 @@ def _example(_: None, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_base(
-    directory: Path, texts: Sequence[str], scenes: int, steps: int, batch: int, seed: int
+    directory: Path, prompt: Prompt, scenes: int, steps: int, batch: int, seed: int
 ) -> None:
     """Writes the base model's folder.
 
     Args:
         directory: is made.
-        texts: what its tokenizer learns its entries from.
+        prompt: the student's; its tokenizer learns the words of it, and those of scenes.
         scenes: rendered for it; from the training split, so that no held-out pair is among them.
         steps: of the vision tower's training.
         batch: pictures a step.
@@ -79,9 +80,10 @@ def make_base(
     import torch
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
+    often = [prompt.text, "user\n", "assistant\n"] * 500
     make_tiny(
         directory, hidden=192, layers=4, vision_hidden=128, vision_layers=4, image_size=SIDE,
-        patch=PATCH, texts=texts, seed=seed,
+        patch=PATCH, texts=[*scene_texts(), *often], seed=seed,
     )  # fmt: skip
     rendered = ordered_map(_example, [(seed, index) for index in range(scenes)], workers=2)
     pictures, labels = (np.stack(column) for column in zip(*rendered))
@@ -150,14 +152,15 @@ def train(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m refine.tiny_pretrain", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--texts", required=True, type=Path, metavar="FILE", help="a text a line")
+    parser.add_argument(
+        "--prompt", required=True, metavar="NAME|FILE", help="whose words its tokenizer is to know"
+    )
     parser.add_argument("--scenes", type=positive, default=20_000, help="default: 20,000")
     parser.add_argument("--steps", type=positive, default=1200, help="default: 1,200")
     parser.add_argument("--batch", type=positive, default=32, help="default: 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    texts = args.texts.read_text("utf-8").splitlines()
-    make_base(args.output, texts, args.scenes, args.steps, args.batch, args.seed)
+    make_base(args.output, load_prompt(args.prompt), args.scenes, args.steps, args.batch, args.seed)
     return 0
 
 
