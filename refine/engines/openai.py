@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 COUNTED = ("requests", "retries", *FAULTS, "refused", "probes", "seconds_waiting", "cost_usd")
 OPENAI = "https://api.openai.com/v1"
 TRIES = 8  # of a request that fails while the server answers others
-REFUSALS = 50  # in a row, of different requests: it is not the requests
+MOST_FAILED = 50  # requests in a row: it is not the requests
 REPLIES_SECONDS = 0.1
 ENCODERS = 4
 
@@ -163,7 +163,7 @@ class ServerBackend:
         self._limit = LIMITS[0]
         # Every name is there from the start: another thread copies it.
         self._counted = Counter(dict.fromkeys(COUNTED, 0))
-        self._refused_in_a_row = 0
+        self._failed_in_a_row = 0
         self._meter = Meter(
             server.prices, server.tokens_per_minute, clock, self._counted, sampling.max_tokens
         )
@@ -248,9 +248,11 @@ class ServerBackend:
         try:
             picture = await self._loop.run_in_executor(self._encoders, data_uri, request.image)
             async with self._free:
+                reply = await self._ask(request, picture)
                 # Nothing is awaited between the settling of the bill and this: whoever finds the
                 # money at its end stops the run after this reply, not before.
-                self._done.put(await self._ask(request, picture))
+                self._done.put(reply)
+            self._check(reply)
         except Exception as e:
             self._gate.error = self._gate.error or e
 
@@ -269,7 +271,7 @@ class ServerBackend:
                 # What the server does to everybody is no strike against this request.
                 strikes += fault.kind != "http_429" and not self._gate.down
                 if strikes == TRIES:
-                    detail = f"{TRIES} tries failed while others were answered, the last: {fault}"
+                    detail = f"{TRIES} tries failed while the server was up, the last: {fault}"
                     return Reply(request.key, failure="no_answer", detail=detail)
             self._counted["retries"] += 1
             await self._gate.pause(self._backoff.delay(failures))
@@ -296,7 +298,6 @@ class ServerBackend:
                 return await self._send(request, picture, sampling)
             reply = Reply(request.key, failure="refused_by_server", detail=str(refused))
         self._gate.answered()
-        self._check(reply)
         return reply
 
     async def _post(self, body: dict) -> bytes:
@@ -316,16 +317,21 @@ class ServerBackend:
             raise refusal(e, server.shown_address, server.model, self._key) from None
 
     def _check(self, reply: Reply) -> None:
-        """Counts refusals; that of everything is an error."""
-        if reply.failure != "refused_by_server":
-            self._refused_in_a_row = 0
+        """Counts failures of requests; where nothing else comes, it is not the requests.
+
+        Raises:
+            RefineError: too many in a row.
+        """
+        if not reply.failure:
+            self._failed_in_a_row = 0
             return
-        self._counted["refused"] += 1
-        self._refused_in_a_row += 1
-        if self._refused_in_a_row == REFUSALS:
+        self._counted["refused"] += reply.failure == "refused_by_server"
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row == MOST_FAILED:
             raise RefineError(
-                f"{self.server.shown_address} refused {REFUSALS} requests one after another, the "
-                f"last with: {reply.detail}. Change what it names, or the model"
+                f"{self.server.shown_address} gave no answer to {MOST_FAILED} requests one after "
+                f"another, the last time: {reply.detail}. Mend what it names: the same command "
+                "goes on after them"
             )
 
     async def _probe(self) -> None:

@@ -18,6 +18,7 @@ from refine.drawing import draw
 from refine.errors import RefineError
 from refine.inputs import find
 from refine.sources import Pair
+from refine.storage import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +130,29 @@ def test_a_folder_of_something_else_is_refused(tmp_path, inputs):
     (tmp_path / "file").write_text("")
     with pytest.raises(RefineError, match="can't be written"):
         draw(inputs, tmp_path / "file/out", 30, 0, 1)
+
+
+def test_two_draws_do_not_write_to_one_folder(tmp_path, inputs):
+    (tmp_path / "out/.drawing").mkdir(parents=True)
+    with (
+        locked(tmp_path / "out/.drawing/lock", wait=False),
+        pytest.raises(RefineError, match="another run is writing"),
+    ):
+        draw(inputs, tmp_path / "out", 30, 0, 1)
+
+
+def test_a_pair_that_goes_while_it_is_drawn_is_replaced(tmp_path, inputs, make, monkeypatch):
+    def survey(*arguments):
+        found = surveyed(*arguments)
+        make.pairs(tmp_path / "in/0.tar", [39])
+        return found
+
+    surveyed = drawing.survey
+    monkeypatch.setattr(drawing, "survey", survey)
+    found = pairs_of(draw(inputs, tmp_path / "out", 30, 0, 1))
+    assert len(found) == 30
+    told = json.loads((tmp_path / "out/sample.json").read_text())
+    assert told["drawn_and_replaced"]["gone"] >= 8
 
 
 def test_nothing_to_draw_is_an_error_that_says_why(tmp_path, make):

@@ -68,7 +68,7 @@ def test_waits_double_up_to_the_cap_and_are_drawn_from_all_of_it():
     assert draws.max(0) == pytest.approx(longest, rel=0.05)
     assert draws.mean(0) == pytest.approx(longest / 2, rel=0.1)
     assert Backoff(0.5, 4, 3).delay(5) == Backoff(0.5, 4, 3).delay(5)
-    assert Backoff(1, 60).delay(100_000) <= 60
+    assert Backoff(1.0, 60.0).delay(100_000) <= 60
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_the_next_of_its_kind_stands_in_for_a_pair_that_is_not_usable():
     )
     assert len(survey.choose(10**6, without=bad)) == 2000 - len(bad)
     assert len(survey.choose(10, without=map(to_hex, rows["uid"]))) == 0
+    assert len(Survey(rows[:0], 0 * survey.counts, Counter()).choose(10)) == 0
 
 
 def test_kinds():
