@@ -24,7 +24,7 @@ from refine.inputs import Input, fingerprint
 from refine.parallel import ordered_map
 from refine.progress import console, progress
 from refine.sampling import KINDS, Survey
-from refine.sources import ImageError, Pair, image_size
+from refine.sources import FORMATS, ImageError, Pair, image_size
 from refine.storage import locked, write_json
 from refine.survey import SKIP_PIXELS, here, survey
 from refine.uids import to_hex
@@ -189,7 +189,7 @@ def _write_tars(rows: np.ndarray, fetched: Path, target: Path) -> None:
 def _add(tar: tarfile.TarFile, key: str, path: Path) -> None:
     image = path.read_bytes()
     meta = path.with_name(f"{path.name}.json").read_bytes()
-    with Image.open(BytesIO(image)) as opened:
+    with Image.open(BytesIO(image), formats=FORMATS) as opened:
         form = {"PNG": "png", "WEBP": "webp"}.get(opened.format or "", "jpg")
     caption = json.loads(meta)["caption"].encode()
     for extension, data in ((form, image), ("txt", caption), ("json", meta)):

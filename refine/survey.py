@@ -15,7 +15,7 @@ from refine.inputs import Input
 from refine.parallel import ordered_map
 from refine.progress import progress
 from refine.sampling import KINDS, ROW, Pool, Survey, first, kind_of, priority
-from refine.sources import ImageError, Pair, Skip
+from refine.sources import FORMATS, ImageError, Pair, Skip
 
 SKIP_PIXELS = 89_478_485
 SPARE = 64  # of each kind, beside a tenth of the sample: some pictures turn out to be broken
@@ -106,7 +106,7 @@ def header_size(data: bytes) -> tuple[int, int]:
         ImageError: "corrupt_image" or "image_too_large".
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError as e:
         raise ImageError("image_too_large", str(e)) from e
