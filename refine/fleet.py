@@ -122,10 +122,10 @@ class _Fleet:
                         result_of(self._sealing.popleft())
                         bar.advance(1, self._note())
                     bar.advance(0, self._note())
-        except BaseException:
-            self._stop()
-            raise
-        self._dismiss()
+            self._dismiss()
+        finally:
+            for engine in self._engines:
+                _end(engine)
         return self._tally["answers"]
 
     def _hear(self) -> None:
@@ -135,7 +135,7 @@ class _Fleet:
             engine = by_connection[connection]
             try:
                 self._take(engine, connection.recv())
-            except (EOFError, ConnectionResetError):
+            except (EOFError, ConnectionError):
                 self._replace(engine)
 
     def _take(self, engine: _Engine, event: object) -> None:
@@ -160,13 +160,13 @@ class _Fleet:
     def _hand_out(self) -> None:
         for engine in self._engines:
             if engine.wants and self._todo:
-                number = self._todo.popleft()
-                engine.held.add(number)
                 engine.wants = False
-                engine.connection.send(number)
+                with suppress(BrokenPipeError):  # it died, and we shall hear of it
+                    engine.connection.send(self._todo[0])
+                    engine.held.add(self._todo.popleft())
 
     def _replace(self, dead: _Engine) -> None:
-        dead.process.join()
+        _end(dead)
         self._todo.extendleft(sorted(dead.held, reverse=True))
         crashes = dead.crashes + 1
         how = f"an engine's process died (exit code {dead.process.exitcode})"
@@ -196,25 +196,21 @@ class _Fleet:
     def _dismiss(self) -> None:
         """Ends engines that have nothing more to do; each has a last tally to tell."""
         for engine in self._engines:
-            engine.connection.send(None)
-            with suppress(EOFError, ConnectionResetError):
+            with suppress(EOFError, ConnectionError):
+                engine.connection.send(None)
                 while True:
                     event = engine.connection.recv()
                     if isinstance(event, Tally):
                         self._tally.update(vars(event))
-        self._join()
 
-    def _stop(self) -> None:
-        for engine in self._engines:
-            engine.process.terminate()
-        self._join()
 
-    def _join(self) -> None:
-        for engine in self._engines:
-            engine.process.join(10)
-            if engine.process.is_alive():
-                engine.process.kill()
-                engine.process.join()
+def _end(engine: _Engine) -> None:
+    """Ends an engine's process, if it has not ended, and what it started: vLLM's own process
+    outlives it and holds the GPU. What is answered is in the journal."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(engine.process.pid, signal.SIGKILL)
+    engine.process.kill()
+    engine.process.join()
 
 
 def _launch(start: _Start) -> _Engine:
@@ -229,8 +225,7 @@ def _launch(start: _Start) -> _Engine:
 
 def _serve(start: _Start, connection: Connection) -> None:
     """An engine's process: loads the model and asks about the parts that it is given."""
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; our parent ends us
+    end_with_parent(group=True)
     if start.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(start.gpus)
     sending = threading.Lock()
@@ -248,11 +243,10 @@ def _serve(start: _Start, connection: Connection) -> None:
             yield number
 
     def opened() -> Backend:
-        backends.append(start.job.engine.backend())
-        send((READY, backends[0].note))
-        return backends[0]
+        backend = start.job.engine.backend()
+        send((READY, backend.note))
+        return backend
 
-    backends: list[Backend] = []
     try:
         maker = start.job.open()
         with Workers(start.workers, start.job.open) as workers:
@@ -261,6 +255,4 @@ def _serve(start: _Start, connection: Connection) -> None:
     except (RefineError, OSError) as e:
         send((FAILED, str(e)))
     connection.close()
-    for backend in backends:
-        backend.close()
     os._exit(0)  # an interpreter with torch in it takes seconds to end by itself

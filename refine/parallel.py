@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -119,13 +120,19 @@ def _start(setup: Callable) -> None:
     _state = setup()
 
 
-def end_with_parent() -> None:
-    """Called in a pool's process: it outlives a parent that was killed, and would go on writing."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
+def end_with_parent(group: bool = False) -> None:
+    """Called in a process at its start: it outlives a parent that was killed, and would go on
+    writing. With `group` it leads a process group of its own and takes all that it started along,
+    such as an engine's process that holds a GPU."""
+    if group:
+        os.setpgid(0, 0)
+    threading.Thread(target=_wait_for_parent, args=(group,), daemon=True).start()
 
 
-def _wait_for_parent() -> None:
+def _wait_for_parent(group: bool) -> None:
     multiprocessing.parent_process().join()
+    if group:
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

@@ -4,6 +4,7 @@ processes of their own have it too."""
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Fake:
         die: the request, counted over all lives, before which its process kills itself.
         broken: it can't be opened.
         pause: seconds that an answer takes.
+        child: it has a process of its own, as vLLM's has, whose number is written here.
     """
 
     engine: ClassVar[str] = "fake"
@@ -49,6 +51,7 @@ class Fake:
     die: tuple[int, ...] = ()
     broken: str = ""
     pause: float = 0.0
+    child: Path | None = None
 
     def identity(self) -> dict:
         return {"name": self.name}
@@ -56,6 +59,10 @@ class Fake:
     def open(self, prompt: object, sampling: object, max_pixels: int) -> "FakeBackend":
         if self.broken:
             raise RefineError(self.broken)
+        if self.child:
+            started = subprocess.Popen(["sleep", "600"])
+            with self.child.open("a") as file:
+                file.write(f"{started.pid}\n")
         return FakeBackend(self, max_pixels)
 
     def asked(self, pids: bool = False) -> list[str]:

@@ -1,6 +1,9 @@
 """Engines in processes of their own: work handed out, deaths survived, parts sealed."""
 
 import json
+import multiprocessing
+import time
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,43 @@ def test_an_engine_that_dies_is_replaced_and_nothing_answered_is_asked_again(job
     asked = job.engine.model.asked()
     assert len(set(asked)) == 60
     assert len(asked) - 60 <= 2 * 2 * 2  # deaths × what is under way
+
+
+def test_no_process_of_an_engine_outlives_it(job_of, tmp_path):
+    # vLLM's own process would keep the GPU's memory from the engine that is started anew.
+    children = tmp_path / "children.txt"
+    job = job_of(1, 20, die=(10,), child=children)
+    Local(1, 0, 1).make_parts(job, [0])
+    pids = [int(pid) for pid in children.read_text().split()]
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_no_process_of_an_engine_outlives_a_killed_command(job_of, tmp_path):
+    children = tmp_path / "children.txt"
+    job = job_of(1, 500, child=children, pause=0.02)
+    context = multiprocessing.get_context("spawn")
+    command = context.Process(target=Local(1, 0, 1).make_parts, args=(job, [0]))
+    command.start()
+    wait_until(lambda: len(job.engine.model.asked()) > 5)
+    command.kill()
+    command.join()
+    (pid,) = map(int, children.read_text().split())
+    wait_until(lambda: not alive(pid))
+
+
+def wait_until(happened, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_engine_that_always_dies_ends_the_run(job_of):
