@@ -47,6 +47,13 @@ PROMPT = "Describe truly and falsely.{{image}}{{caption}}"
 ENGINE = {"dtype": '"float32"', "enforce_eager": "true", "kv_cache_memory_bytes": str(256 << 20)}
 """Arguments of `vllm.LLM` for a tiny model on a CPU: bfloat16 is slow on most, and a compiled one
 takes longer to start than the whole work."""
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",  # libraries' about one another
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are not the engine's alone
+}
 MAX_TOKENS, CONTEXT, SLOTS = 160, 320, 32
 
 EPILOG = """\
@@ -134,8 +141,7 @@ class Lvlm:
             DemoError: it failed, with its exit status.
         """
         command = [str(self.python.absolute()), "-m", *map(str, arguments)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        status = subprocess.run(command, env=environment).returncode
+        status = subprocess.run(command, env=os.environ | ENVIRONMENT).returncode
         if status:
             raise DemoError(
                 f"{' '.join(command[1:3])} stopped with exit status {status}; the same command "
@@ -272,9 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     seed = arguments.seed
     if arguments.quick:
-        settings = Settings(200, 100, 40, 10, 1.0, 256, 48, seed)
+        settings = Settings(3200, 200, 40, 100, 1.0, 256, 48, seed)
     else:
-        settings = Settings(16_000, 4000, 500, 1200, 1.0, 10_000, 480, seed)
+        settings = Settings(12_000, 4000, 500, 1200, 1.0, 10_000, 480, seed)
     console = setup_logging()
     try:
         run(arguments.out, settings, arguments.refine_python, console)
