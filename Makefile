@@ -4,20 +4,24 @@ REFINE := .venv-refine/bin
 # Two cores compile twice as much as one.
 JOBS ?= 2
 
-.PHONY: help demo env test test-slow test-refine refine-env lint clean
+.PHONY: help demo demo-lvlm env test test-slow test-refine refine-env lint clean
 
 help:
 	@echo "make demo       the whole story in minutes: refine, train three ways, evaluate, report"
+	@echo "make demo-lvlm  the paper's first half too, with a real model in vLLM: half an hour"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-refine  the tests with a real vLLM, on the CPU"
 	@echo "make env        only the environment, with what tests need"
 	@echo "make refine-env the environment of the refinement, with vLLM for CPUs"
 	@echo "make lint       ruff"
-	@echo "make clean      removes both environments and runs/demo"
+	@echo "make clean      removes both environments and the demos' runs"
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m hqclip_jax.demo
+
+demo-lvlm: .venv/demo.stamp .venv-refine/test.stamp
+	$(BIN)/python -m hqclip_jax.demo_lvlm --refine-python $(REFINE)/python
 
 env: .venv/dev.stamp
 
@@ -37,7 +41,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-refine runs/demo
+	rm -rf .venv .venv-refine runs/demo runs/demo-lvlm
 
 # A stamp is written last, so that an interrupted installation is done again.
 .venv/demo.stamp: requirements.txt pyproject.toml

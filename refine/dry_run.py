@@ -1,6 +1,7 @@
 """What a model would be asked, shown and not asked."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.panel import Panel
 from rich.text import Text
@@ -12,6 +13,9 @@ from refine.pictures import prepared
 from refine.progress import console
 from refine.prompts import fence
 from refine.sources import ImageError, Pair
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 SHOWN = 3
 
@@ -52,7 +56,7 @@ def rendered(engine: Lvlm, caption: str) -> str:
     )
 
 
-def _template(engine: Lvlm):  # noqa: ANN202 (transformers' processor)
+def _template(engine: Lvlm) -> "ProcessorMixin | None":
     if engine.model.engine != "vllm":
         return None  # the server has the template
     try:
