@@ -17,11 +17,11 @@ COPY = 3 * len(DATA)
 
 
 @pytest.fixture
-def file(bucket):  # noqa: F811
+def file(bucket):
     return look(bucket.put("some/a.tar", DATA))
 
 
-def test_a_copy_is_made_once(bucket, file, tmp_path):  # noqa: F811
+def test_a_copy_is_made_once(bucket, file, tmp_path):
     copy = fetch.fetch(file, tmp_path / "scratch")
     assert copy == copied(file, tmp_path / "scratch")
     assert (copy.read_bytes(), copy.suffix) == (DATA, ".tar")
@@ -37,7 +37,7 @@ def test_what_a_killed_process_left_is_written_over(file, tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) == [".lock", ".tar"]
 
 
-def test_of_two_that_ask_at_once_one_downloads(bucket, file, tmp_path, monkeypatch):  # noqa: F811
+def test_of_two_that_ask_at_once_one_downloads(bucket, file, tmp_path, monkeypatch):
     streams = []
     stream = fetch._stream
     monkeypatch.setattr(fetch, "_stream", lambda *a: streams.append(a) or stream(*a))
@@ -48,7 +48,7 @@ def test_of_two_that_ask_at_once_one_downloads(bucket, file, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("statuses", [(CUT,), (503, CUT), (CUT, 500)])
-def test_a_broken_connection_is_mended(bucket, file, tmp_path, statuses):  # noqa: F811
+def test_a_broken_connection_is_mended(bucket, file, tmp_path, statuses):
     bucket.breaks("some/a.tar", *statuses)
     assert fetch.fetch(file, tmp_path).read_bytes() == DATA
     assert bucket.server.broken == {f"{bucket.name}/some/a.tar": []}
@@ -89,7 +89,7 @@ def test_another_version_is_another_copy(file, tmp_path):
     assert len({copied(each, tmp_path) for each in [file, *others]}) == 4
 
 
-def test_a_file_that_changed_or_went_is_told(bucket, file, tmp_path):  # noqa: F811
+def test_a_file_that_changed_or_went_is_told(bucket, file, tmp_path):
     path = bucket.root / "some/a.tar"
     os.utime(path, (1, 1))
     with pytest.raises(RefineError, match=r"some/a\.tar has changed since the run began"):
@@ -111,7 +111,7 @@ def test_a_full_disk_is_no_matter_of_the_network(file, tmp_path):
     assert "network" not in str(told.value)
 
 
-def test_small_files_are_read_whole_or_told_missing(bucket):  # noqa: F811
+def test_small_files_are_read_whole_or_told_missing(bucket):
     address = bucket.put("some/b.jpg", DATA)
     bucket.breaks("some/b.jpg", CUT)
     assert read(address) == DATA
@@ -122,7 +122,7 @@ def test_small_files_are_read_whole_or_told_missing(bucket):  # noqa: F811
         read(address)
 
 
-def test_a_file_is_opened_local_or_not(bucket, file):  # noqa: F811
+def test_a_file_is_opened_local_or_not(bucket, file):
     for found in (file, look(str(bucket.root / "some/a.tar"))):
         with open_file(found) as opened:
             opened.seek(255)

@@ -200,7 +200,7 @@ def test_pieces_give_what_the_whole_does(tree, monkeypatch):
 
 
 @pytest.fixture
-def remote(bucket, make):  # noqa: F811
+def remote(bucket, make):
     """All kinds in a bucket."""
     for n in range(2):
         make.pairs(bucket.root / f"all/tars/{n}.tar", [n])

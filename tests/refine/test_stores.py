@@ -36,7 +36,7 @@ PATTERNS = [
 
 
 @pytest.fixture
-def tree(bucket):  # noqa: F811
+def tree(bucket):
     for number, key in enumerate(KEYS):
         bucket.put(key, bytes(number))
     return bucket
