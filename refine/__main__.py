@@ -8,7 +8,7 @@ from importlib import import_module
 from refine.errors import RefineError
 from refine.progress import console
 
-COMMANDS = ("command", "merge", "teacher", "compare", "filter", "gallery")
+COMMANDS = ("command", "merge", "teacher", "sft", "compare", "filter", "gallery")
 """Modules that add a command each, in the order of the help."""
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from refine.arguments import positive
 from refine.errors import RefineError
-from refine.lessons import Lessons, data_digest, split
 from refine.progress import console
 from refine.prompts import Prompt, load_prompt
 from refine.storage import locked, write_json
@@ -123,6 +122,8 @@ class Course:
         Raises:
             RefineError: an option is out of its range, or `--data` is no data set.
         """
+        from refine.lessons import data_digest  # a second, which --help does not need
+
         micro = args.micro_batch or max(1, args.batch // processes())
         if args.batch % (micro * processes()):
             raise RefineError(
@@ -189,6 +190,7 @@ def claim(output: Path, course: Course) -> None:
 
 def _teach(args: argparse.Namespace, course: Course, prompt: Prompt) -> None:
     """Trains, saves the student, has it answer the held-out part, and keeps how it went."""
+    from refine.lessons import Lessons, split
     from refine.sft_exam import examine
     from refine.sft_trainer import save, train
 
