@@ -6,14 +6,21 @@ import threading
 import time
 
 import pytest
-from PIL import Image
 
-from refine.engines.backend import Request, Sampling
-from refine.engines.chat import MOST_FAILED, TRIES, ServerBackend
-from refine.engines.openai import Server
-from refine.engines.pace import Backoff, Clock
+from refine.engines.backend import Sampling
+from refine.engines.chat import MOST_FAILED, TRIES
 from refine.errors import RefineError
-from refine.prompts import load_prompt
+from tests.refine.chatting import (  # noqa: F401 (fixtures among them)
+    FAULTS,
+    KEY,
+    ask,
+    chat_environment,
+    collect,
+    connecting,
+    error_of,
+    faults,
+    first,
+)
 from tests.refine.endpoint import (
     DATE_SECONDS,
     KINDS,
@@ -25,69 +32,6 @@ from tests.refine.endpoint import (
     caption_of,
     is_probe,
 )
-
-KEY = "sk-0123456789abcdef"
-IMAGE = Image.new("RGB", (48, 32), "red")
-SPEED = 1000  # waits of a second take a millisecond
-FAULTS = sorted(set(KINDS.values()))
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-
-
-@pytest.fixture
-def connect():
-    """Opens backends, and closes them after the test."""
-    opened = []
-
-    def connect(endpoint, sampling=None, speed=SPEED, **options):
-        server = Server("m", endpoint.url, **({"timeout": 5.0} | options))
-        prompt, clock = load_prompt("student-v1"), Clock(speed)
-        backend = ServerBackend(server, prompt, sampling or Sampling(), clock, Backoff(0.5, 20))
-        opened.append(backend)
-        return backend
-
-    yield connect
-    for backend in opened:
-        backend.close()
-
-
-def ask(backend, numbers, attempt=0):
-    for number in numbers:
-        backend.submit(Request(f"k{number}", f"caption {number}.", IMAGE, attempt))
-
-
-def collect(backend, count, seconds=60.0):
-    """The next replies."""
-    replies, end = [], time.monotonic() + seconds
-    while len(replies) < count:
-        assert time.monotonic() < end, f"{len(replies)} of {count}: {backend.counters()}"
-        replies += backend.replies()
-    return replies
-
-
-def error_of(backend, seconds=60.0):
-    """The error that ends a backend, and the replies before it."""
-    replies, end = [], time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            replies += backend.replies()
-        except RefineError as e:
-            return str(e), replies
-    raise AssertionError(f"no error: {backend.counters()}")
-
-
-def first(what):
-    """Does something to the first request, and answers all others."""
-    return lambda number, body: what if number == 0 else "ok"
-
-
-def faults(backend):
-    return {kind: backend.counters()[kind] for kind in FAULTS if backend.counters()[kind]}
 
 
 def test_every_request_has_its_own_answer(connect):
@@ -304,76 +248,6 @@ def test_a_server_that_answers_nothing_but_probes_ends_the_run(connect):
         message, replies = error_of(backend)
         assert f"no answer to {MOST_FAILED} requests" in message and "no 500 for you" in message
         assert MOST_FAILED <= len(replies) <= MOST_FAILED + 8
-
-
-class Outage:
-    """A plan: after some answers every request fails until so many have."""
-
-    def __init__(self, what, begin, length):
-        self.what, self.begin, self.length = what, begin, length
-        self.failed = 0
-
-    def __call__(self, number, body):
-        if number < self.begin or self.failed >= self.length:
-            return "ok"
-        self.failed += 1
-        return self.what
-
-
-@pytest.mark.parametrize("what", ["503", "429", "drop", "html", "503-seconds"])
-def test_while_the_server_is_down_it_is_asked_little(connect, what):
-    outage = Outage(what, 40, 60)
-    with Endpoint(outage) as endpoint:
-        backend = connect(endpoint, slots=16, price_in=1.0, price_out=10.0)
-        ask(backend, range(200))
-        replies = collect(backend, 200)
-        assert len({r.key for r in replies}) == 200
-        assert all(json.loads(r.text) == TEXTS for r in replies)
-        assert endpoint.did[what] == 60
-        # Those that were on their way when it began failed; after that only probes did.
-        assert endpoint.probes() >= 60 - 16 - 5
-        assert backend.counters()["probes"] == endpoint.probes()
-        assert faults(backend) == {KINDS[what]: 60}
-        if what != "html":  # which a server may bill
-            each = (PROMPT_TOKENS + 10 * OUTPUT_TOKENS) / 1e6
-            assert backend.counters()["cost_usd"] == pytest.approx(each * endpoint.did["ok"])
-
-
-def test_a_server_that_dies_and_comes_back(connect):
-    with Endpoint() as endpoint:
-        backend = connect(endpoint, slots=8)
-        ask(backend, range(100))
-        before = collect(backend, 30)
-        endpoint.stop()
-        ask(backend, range(100, 300))
-        while backend.counters()["probes"] < 5:
-            before += backend.replies()
-        endpoint.start()
-        replies = before + collect(backend, 300 - len(before))
-        assert len({r.key for r in replies}) == 300
-        assert all(json.loads(r.text) == TEXTS for r in replies)
-        assert backend.counters()["connection_errors"] >= 5
-
-
-def test_a_server_that_starts_late_is_waited_for(connect):
-    with Endpoint() as endpoint:
-        endpoint.stop()
-        backend = connect(endpoint)
-        ask(backend, range(10))
-        while backend.counters()["probes"] < 2:
-            assert backend.replies() == []
-        endpoint.start()
-        assert len(collect(backend, 10)) == 10
-
-
-def test_a_server_that_stays_away_ends_the_run_and_keeps_what_was_answered(connect):
-    with Endpoint(Outage("503", 10, 10**9)) as endpoint:
-        backend = connect(endpoint, slots=4, patience=600.0)
-        ask(backend, range(50))
-        message, replies = error_of(backend)
-        assert len(replies) == 10
-        assert endpoint.url in message and "the same command goes on" in message
-        assert "--patience is 600 s" in message and KEY not in message
 
 
 @pytest.mark.parametrize("what", ["hang", "drip"])
