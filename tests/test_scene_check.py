@@ -115,6 +115,12 @@ def test_what_is_not_told_or_not_readable_is_wrong():
     assert not any(name == "neg_tags" for name, _ in judged)
 
 
+def test_of_two_backgrounds_the_first_counts():
+    texts = {"desc": ["three shapes on white", "three shapes on gray"]}
+    judged = judge(texts | {"tags": [], "neg_desc": [], "neg_tags": []}, PAIR)
+    assert judged["background", False] == 1 and judged["background", True] == 0
+
+
 def test_more_groups_than_there_are_make_the_description_false():
     alone = replace(PAIR, groups=PAIR.groups[:1], relation="")
     judged = judge(scenes.annotation(PAIR), alone)

@@ -72,16 +72,17 @@ def test_every_record_is_in_one_part(lessons):
 
 def test_a_record_stays_in_its_part_whatever_else_is_there(lessons, make, refine, tmp_path):
     held_out = {lessons.record(n).uid for n in split(lessons, 0.3).held_out}
-    out = tmp_path / "fewer"
+    make.pairs(tmp_path / "other.tar", range(50, 20, -1))
+    out = tmp_path / "other"
     assert not refine(
-        "--engine=annotations", "--input", tmp_path / "pairs.tar", "--limit", 30,
+        "--engine=annotations", "--input", tmp_path / "other.tar",
         "--annotations", tmp_path / "annotations.tar", "--output", out,
     )  # fmt: skip
-    fewer = Lessons(out, PROMPT, 100)
-    parts = split(fewer, 0.3)
+    other = Lessons(out, PROMPT, 100)
+    parts = split(other, 0.3)
     assert parts.held_out
-    assert {fewer.record(n).uid for n in parts.held_out} <= held_out
-    assert not {fewer.record(n).uid for n in parts.train} & held_out
+    assert {other.record(n).uid for n in parts.held_out} <= held_out
+    assert not {other.record(n).uid for n in parts.train} & held_out
 
 
 def test_nothing_to_train_on_is_told(lessons):
