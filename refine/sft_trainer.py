@@ -107,6 +107,7 @@ def _settings(course: Course, checkpoints: Path, every: int) -> "SFTConfig":
         warmup_steps=course.warmup,
         completion_only_loss=True,
         max_length=None,  # to cut an answer would teach to stop in the middle
+        use_cpu=not gpu,  # without it processes on CPUs train apart
         bf16=gpu,
         gradient_checkpointing=gpu,  # without a GPU the model is small, and time is what is short
         save_steps=every,
@@ -114,6 +115,7 @@ def _settings(course: Course, checkpoints: Path, every: int) -> "SFTConfig":
         logging_steps=LOG_STEPS,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,  # every example has a picture
         seed=course.seed,
         report_to="none",
         disable_tqdm=True,

@@ -134,3 +134,22 @@ def test_a_killed_training_ends_where_one_that_was_not_does(method, base, data, 
     assert all(np.array_equal(one[name], other[name]) for name in other)
     steps = [[json.loads(r)["step"] for r in (o / "metrics.jsonl").open()] for o in (killed, whole)]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.lvlm
+def test_two_processes_learn_what_one_does(base, data, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for output, launcher in (
+        ("one", ["-m"]),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]),
+    ):
+        options = {"epochs": 1, "examples": 1, "micro-batch": 4}
+        command = [*launcher, "refine", *arguments(base, data, tmp_path / output, **options)]
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = weights(base)
+    assert all(np.allclose(one[name], two[name], atol=1e-4) for name in start)
+    assert not any(np.allclose(one[n], start[n], atol=1e-4) for n in start if "q_proj.weight" in n)
