@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         settings = Settings(3200, 200, 40, 100, 1.0, 256, 48, seed)
     else:
-        settings = Settings(12_000, 4000, 500, 1200, 1.0, 10_000, 480, seed)
+        settings = Settings(16_000, 6000, 500, 1200, 1.0, 24_000, 480, seed)
     console = setup_logging()
     try:
         run(arguments.out, settings, arguments.refine_python, console)
