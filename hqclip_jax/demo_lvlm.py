@@ -36,7 +36,7 @@ from hqclip_jax.demo import (
     train,
     write_json,
 )
-from hqclip_jax.demo_lvlm_report import CAVEATS, LEAD, student_sections, student_table
+from hqclip_jax.demo_lvlm_report import CAVEATS, GALLERY, LEAD, student_sections, student_table
 from hqclip_jax.demo_report import Shown, Told
 from hqclip_jax.scene_check import judge, shares
 from hqclip_jax.shapes import SIDE, Scene, sample
@@ -246,6 +246,7 @@ def run(out: Path, settings: Settings, python: Path, console: Console) -> None:
         title="A student refines, in miniature",
         lead=LEAD,
         caveats=CAVEATS,
+        chosen=GALLERY,
         sections=student_sections(student),
     )
     tell(out, told, console)

@@ -27,6 +27,11 @@ CAVEATS = (
     "`make demo`, not tuned to this.",
 )
 
+GALLERY = (
+    "The first eight scenes with an unseen pair that the student answered about, with its words; "
+    "not chosen. A tick means that the description is nearer than the negative."
+)
+
 MEASURES = {
     "color": "colour", "shape": "shape", "size": "size", "texture": "texture", "count": "count",
     "pair": "colour and shape together", "held_out_pair": "the same, of pairs never seen",
@@ -77,7 +82,7 @@ def student_sections(student: Mapping[str, dict]) -> list[tuple[str, list[Markup
         ],
     )
     return [
-        ("The student", [report.table(header, rows, quiet) + note]),
+        ("The student", [report.table(header, rows, quiet), note]),
         ("The refinement", [pace]),
     ]
 

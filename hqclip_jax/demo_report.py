@@ -43,6 +43,10 @@ LEAD = (
     "The ablation of negative identification and tag classification in miniature: one tiny model, "
     "trained three ways on rendered scenes."
 )
+CHOSEN = (
+    "The first test scenes of a seed of their own, each with a held-out pair; not chosen. A tick "
+    "means that the description is nearer than the negative."
+)
 GALLERY_SEED = 3
 
 
@@ -92,6 +96,7 @@ class Told:
         title: of the report.
         lead: what was done, in a sentence; the setting follows it.
         caveats: what the numbers can't say.
+        chosen: how the gallery's pictures were chosen.
         sections: more headings with their parts, after the results.
     """
 
@@ -104,6 +109,7 @@ class Told:
     title: str = "HQ-CLIP in miniature"
     lead: str = LEAD
     caveats: Sequence[str] = CAVEATS
+    chosen: str = CHOSEN
     sections: Sequence[tuple[str, list[Markup]]] = ()
 
     def scores(self, recipe: str) -> list[float]:
@@ -211,12 +217,7 @@ class Told:
                 true, false = cosines["desc"][k], cosines["neg_desc"][k]
                 rows.append([title, report.verdict(f"{true:.2f}", true > false), f"{false:.2f}"])
             cards.append(Card(encode(shown.scene), texts, ("cosine", "desc.", "negative"), rows))
-        note = report.element(
-            "p",
-            "The first test scenes of a seed of their own, each with a held-out pair; not chosen. "
-            "A tick means that the description is nearer than the negative.",
-            class_="note",
-        )
+        note = report.element("p", self.chosen, class_="note")
         return Markup(note + report.gallery(cards))
 
     def _seconds(self) -> Markup:

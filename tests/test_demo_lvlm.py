@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from hqclip_jax import demo_lvlm
+from hqclip_jax import demo_lvlm, report
 from hqclip_jax.data.record import LISTS, MANIFEST_FILE, decode
 from hqclip_jax.data.shards import open_source
 from hqclip_jax.demo import DemoError, refine
@@ -132,7 +132,10 @@ def test_the_tables_say_every_measure():
     student = {"fresh": fresh, "unseen": fresh | {"shares": measured | {"held_out_pair": 0.5}}}
     table = student_table(student)
     assert table.row_count == len(MEASURES) + 1
-    (_, (results,)), (_, (pace,)) = student_sections(student)
+    (_, (results, note)), (_, (pace,)) = sections = student_sections(student)
+    assert "was in its training" in note
+    page = report.page("title", "lead", sections)
+    assert results in page and pace in page
     assert results.count("12.5</td>") == 2 * len(MEASURES) - 2
     assert "50.0" in results and "<td>-</td>" in results
     assert "3,990 of 4,000" in results and "62" in pace
