@@ -205,7 +205,7 @@ def _teach(args: argparse.Namespace, course: Course, prompt: Prompt) -> None:
         args.checkpoint_every,
     )
     loss = trainer.evaluate()["eval_loss"] if parts.held_out else None
-    student = save(trainer, args.output)
+    student = save(trainer, args.model, args.output)
     if not is_first():
         return
     asked = parts.held_out[: args.examples]

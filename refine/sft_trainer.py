@@ -144,12 +144,18 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
-def save(trainer: "SFTTrainer", output: Path) -> "PreTrainedModel":
-    """Writes a folder that engines take as it is: additions merged, the precision that of the model
-    that it began with."""
+def save(trainer: "SFTTrainer", base: str, output: Path) -> "PreTrainedModel":
+    """Writes a folder that engines take as it is: additions merged, in the base model's precision.
+
+    Returns:
+        What was written.
+    """
+    from transformers import AutoConfig
+
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+    model = model.to(AutoConfig.from_pretrained(base).dtype or model.dtype)
     if is_first():
         model.save_pretrained(output)
         trainer.processing_class.save_pretrained(output)

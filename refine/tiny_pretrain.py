@@ -160,6 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=32, help="default: 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one for each file that is read or written
     make_base(args.output, load_prompt(args.prompt), args.scenes, args.steps, args.batch, args.seed)
     return 0
 

@@ -107,6 +107,22 @@ def test_low_rank_additions_are_merged_into_the_language_model(base, data, tmp_p
 
 
 @pytest.mark.lvlm
+def test_a_student_has_the_precision_of_its_base(base, data, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    half, out = tmp_path / "half", tmp_path / "student"
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    AutoProcessor.from_pretrained(base).save_pretrained(half)
+    assert main(arguments(half, data, out, epochs=1)) == 0
+    stored = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.lvlm
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_training_ends_where_one_that_was_not_does(method, base, data, tmp_path):
     """Also in the figures that it wrote; and it takes no other course on its way."""
