@@ -2,6 +2,7 @@
 
     .venv-refine/bin/python -m bench.refine --pairs DIR [DIR ...] [--images 600] [--repeats 3]
     .venv-refine/bin/python -m bench.refine --pairs DIR --memory 5000
+    .venv-refine/bin/python -m bench.refine --pairs DIR --structured    # what the schema costs
     .venv-refine/bin/python -m bench.refine --pairs DIR --shape 7b      # on a GPU, random weights
 
 Both sides ask the same engine about the same prepared prompts. One hands all of them to vLLM in
@@ -24,10 +25,10 @@ from tempfile import TemporaryDirectory
 
 from refine.engines.backend import Request, Sampling
 from refine.engines.vllm import Vllm
-from refine.inputs import find
-from refine.pictures import prepared
+from refine.inputs.find import find
+from refine.inputs.pairs import Pair
+from refine.inputs.pictures import prepared
 from refine.prompts import fence, load_prompt
-from refine.sources import Pair
 from tests.refine.real_engine import ENVIRONMENT, OPTIONS, Held, tiny
 
 PIXELS, TOKENS = 112 * 112, 150
@@ -44,7 +45,7 @@ def shaped(folder: Path, shape: str) -> Path:
     """The folder of a model without weights: vLLM draws them."""
     from transformers import Qwen2VLConfig
 
-    from refine.tiny import make_processor, make_tokenizer, scene_texts
+    from refine.teaching.tiny import make_processor, make_tokenizer, scene_texts
 
     tokenizer = make_tokenizer(scene_texts(), 512)
     config = Qwen2VLConfig(
@@ -63,9 +64,9 @@ def shaped(folder: Path, shape: str) -> Path:
 
 def one_call(model: Path, args: argparse.Namespace) -> dict[str, float]:
     """Seconds that vLLM takes for all prompts in one call, and what it said."""
-    made = Held if args.grammar else Vllm
+    made = Held if args.held == "grammar" else Vllm
     described = made(str(model), slots=args.slots, options=options(args))
-    sampling = Sampling(max_tokens=args.tokens, structured=args.structured)
+    sampling = Sampling(max_tokens=args.tokens, structured=args.held != "free")
     backend = described.open(load_prompt("student-v1"), sampling, args.pixels)
     requests = prompts(args)
     messages = [backend._messages(request) for request in requests]
@@ -94,12 +95,13 @@ def options(args: argparse.Namespace) -> dict:
 
 def refine_run(model: Path, args: argparse.Namespace, output: Path, images: int) -> dict:
     """The command, from the line that says that its engine is up to its end."""
-    module = "tests.refine.real_engine" if args.grammar else "refine"
+    held = args.held == "grammar"
+    module = "tests.refine.real_engine" if held else "refine"
     command = [
         sys.executable, "-m", module, "run", "--engine", "vllm", "--model", model, "--input",
         *args.pairs, "--output", output, "--limit", images, "--slots", args.slots,
         "--max-tokens", args.tokens, "--max-pixels", args.pixels, "--retries", 0,
-        "--workers", args.workers, *(["--structured"] if args.structured else []),
+        "--workers", args.workers, *(["--structured"] if held else []),
         *(f"--vllm-option={name}={json.dumps(value)}" for name, value in options(args).items()),
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -134,10 +136,11 @@ def resident(pid: int) -> int:
     return 1024 * total + sum(resident(int(child)) for child in children)
 
 
-def apart(args: argparse.Namespace, *more: str) -> dict:
+def apart(model: Path, held: str) -> dict:
     """`one_call` in a process of its own."""
-    command = [sys.executable, "-m", "bench.refine", *sys.argv[1:], "--one-call", *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.refine", *sys.argv[1:], "--one-call",
+               "--model", model, "--held", held]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -148,7 +151,7 @@ def overhead(model: Path, args: argparse.Namespace, folder: Path) -> dict:
     turns = []
     for turn in range(args.repeats):
         whole = refine_run(model, args, folder / f"out-{turn}", args.images)
-        bare = apart(args, "--model", str(model))
+        bare = apart(model, args.held)
         ratio = whole["seconds"] / bare["seconds"]
         turns.append((ratio, whole, bare))
         print(f"run {whole['seconds']:.1f} s, one call {bare['seconds']:.1f} s: {ratio:.3f}")
@@ -166,11 +169,14 @@ def overhead(model: Path, args: argparse.Namespace, folder: Path) -> dict:
 
 
 def structured_cost(model: Path, args: argparse.Namespace) -> dict:
-    """Tokens a second without the grammar, over those with it."""
-    with_it = apart(args, "--model", str(model))
-    without = apart(args, "--model", str(model), "--free")
-    rates = [side["tokens"] / side["seconds"] for side in (without, with_it)]
-    return {"structured_cost": rates[0] / rates[1], "tokens_per_second_free": round(rates[0], 1)}
+    """Tokens a second of a model left free, over those of one held to the schema: the one a run
+    takes, and for the tiny model also the grammar."""
+    held = ("free", "schema", "grammar") if args.held == "grammar" else ("free", "schema")
+    sides = {how: apart(model, how) for how in held}
+    rates = {how: side["tokens"] / side["seconds"] for how, side in sides.items()}
+    return {f"{how}_cost": rates["free"] / rate for how, rate in rates.items() if how != "free"} | {
+        "tokens_per_second_free": round(rates["free"], 1)
+    }
 
 
 def main() -> None:
@@ -181,20 +187,20 @@ def main() -> None:
     add("--shape", choices=SHAPES, help="a model of random weights, on a GPU")
     add("--images", type=int, default=600)
     add("--repeats", type=int, default=3)
+    add("--structured", action="store_true", help="only what holding to the schema costs")
     add("--memory", type=int, metavar="IMAGES", help="only memory, over so many")
     add("--slots", type=int)
     add("--workers", type=int, default=max(1, os.cpu_count() // 2))
     add("--pixels", type=int)
     add("--tokens", type=int)
     add("--one-call", action="store_true", help=argparse.SUPPRESS)
-    add("--free", action="store_true", help=argparse.SUPPRESS)
+    add("--held", choices=("free", "schema", "grammar"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     small = not args.shape
     args.slots = args.slots or (16 if small else 256)
     args.pixels = args.pixels or (PIXELS if small else 512 * 512)
     args.tokens = args.tokens or (TOKENS if small else 256)
-    tiny_model = small and (not args.model or "hqclip-tiny" in args.model)
-    args.grammar = args.structured = bool(tiny_model and not args.free)
+    args.held = args.held or ("free" if args.model or args.shape else "grammar")
     if small:
         os.environ.update(ENVIRONMENT)
     if args.one_call:
@@ -206,7 +212,9 @@ def main() -> None:
             model = shaped(folder / args.shape, args.shape)
         else:
             model = Path(args.model) if args.model else tiny(folder / "hqclip-tiny")
-        if args.memory:
+        if args.structured:
+            figures = structured_cost(model, args)
+        elif args.memory:
             run = refine_run(model, args, folder / "out", args.memory)
             steady = [m for m in run["memory"] if m[0] >= 400]
             first, last = steady[0], steady[-1]
@@ -215,8 +223,6 @@ def main() -> None:
                        "resident_growth": last[1] / first[1]}  # fmt: skip
         else:
             figures = overhead(model, args, folder)
-            if args.grammar:
-                figures |= structured_cost(model, args)
     print(json.dumps(figures))
 
 

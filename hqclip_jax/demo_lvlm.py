@@ -151,7 +151,7 @@ class Lvlm:
     def make_base(self, settings: Settings) -> None:
         """The model that fine-tuning begins with."""
         self.run(
-            "refine.tiny_pretrain", "--output", self.out / "base", "--prompt",
+            "refine.teaching.tiny_pretrain", "--output", self.out / "base", "--prompt",
             self.out / "prompt.txt", "--steps", settings.base_steps,
             "--seed", settings.seed + BASE_STREAM,
         )  # fmt: skip

@@ -23,8 +23,8 @@ from hqclip_jax.evals.embed import Embedder, EmbeddingError
 from hqclip_jax.restore import Found, find, restore_model
 from hqclip_jax.telemetry import setup_logging
 from refine.errors import RefineError
-from refine.outputs import Output
-from refine.scores import CLIP_COLUMNS, About, Scores, clip_rows, digest_of, fill, slug
+from refine.judging.outputs import Output
+from refine.judging.scores import CLIP_COLUMNS, About, Scores, clip_rows, digest_of, fill, slug
 
 log = logging.getLogger("hqclip_jax.score")
 
@@ -61,7 +61,7 @@ class _Lenient(Embedder):
 
 
 class CheckpointScorer:
-    """A checkpoint of ours as a `refine.scores.Scorer`.
+    """A checkpoint of ours as a `refine.judging.scores.Scorer`.
 
     Args:
         found: the checkpoint; its weights are restored when the first record comes.

@@ -8,7 +8,15 @@ from importlib import import_module
 from refine.errors import RefineError
 from refine.progress import console
 
-COMMANDS = ("command", "merge", "teacher", "sft", "compare", "filter", "gallery")
+COMMANDS = (
+    "command",
+    "merge",
+    "teaching.teacher",
+    "teaching.sft",
+    "judging.compare",
+    "judging.filter",
+    "judging.gallery",
+)
 """Modules that add a command each, in the order of the help."""
 
 

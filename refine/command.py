@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from refine.engines.lvlm import Lvlm
     from refine.engines.openai import Server
     from refine.engines.vllm import Vllm
-    from refine.inputs import Input
+    from refine.inputs.find import Input
     from refine.runner import Makers
 
 EPILOG = """\
@@ -204,7 +204,7 @@ def _add_server(run: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     # The parser answers --help without the second that these imports take.
-    from refine.inputs import find
+    from refine.inputs.find import find
     from refine.runner import Here, Run, run
 
     _refuse_strangers(args)
@@ -282,8 +282,8 @@ def _plain(args: argparse.Namespace) -> "Engine":
 
         return Rules()
     from refine.engines.annotations import Annotations
+    from refine.inputs.tars import expand
     from refine.runner import INDEX
-    from refine.tars import expand
 
     return Annotations(
         tars=tuple(expand(args.annotations, "--annotations")),

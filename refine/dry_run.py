@@ -8,11 +8,11 @@ from rich.text import Text
 
 from refine.engines.lvlm import Lvlm
 from refine.errors import RefineError
-from refine.inputs import Input
-from refine.pictures import prepared
+from refine.inputs.find import Input
+from refine.inputs.pairs import ImageError, Pair
+from refine.inputs.pictures import prepared
 from refine.progress import console
 from refine.prompts import fence
-from refine.sources import ImageError, Pair
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from PIL import Image
 
 from refine.engines.backend import Request
+from refine.inputs.pairs import ImageError, Pair
+from refine.inputs.pictures import prepared
 from refine.journal import Answer, Journal, journal_folder, key_of
 from refine.parallel import Workers, result_of
 from refine.parts import PartMaker
-from refine.pictures import prepared
 from refine.prompts import fence
-from refine.sources import ImageError, Pair
 
 BATCH = 8  # pairs that a preparing process takes at a time
 

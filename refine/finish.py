@@ -16,11 +16,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from hqclip_jax.data.record import Shard, decode, shard_name
 from refine.engines import Sums
+from refine.inputs.pairs import Skip, read_skips
 from refine.ledger import SKIPPED_FILE, Ledger
 from refine.parallel import ordered_map
 from refine.progress import progress
 from refine.sink import QUARANTINE_FILE, Part, ShardWriter, record_tags
-from refine.sources import Skip, read_skips
 from refine.storage import sha256
 from refine.uids import UidTable, read_entries, repeats, to_hex
 

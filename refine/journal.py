@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from refine.engines import Texts
-from refine.sources import Pair
+from refine.inputs.pairs import Pair
 
 SYNC_SECONDS = 1.0
 SUMS = "sums"

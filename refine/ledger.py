@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from refine.sources import Skip
+from refine.inputs.pairs import Skip
 
 SKIPPED_FILE = "skipped.jsonl"
 UNNAMED = {"not_in_subset"}  # most of the input: the list names the rest

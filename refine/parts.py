@@ -7,10 +7,10 @@ from pathlib import Path
 
 from hqclip_jax.data.record import Record
 from refine.engines import Engine, Quarantined, Refined, Refiner, Sums
-from refine.inputs import Input
+from refine.inputs.find import Input
+from refine.inputs.pairs import BROKEN, ImageError, Pair, Skip, image_size
 from refine.journal import journal_folder
 from refine.sink import PartWriter
-from refine.sources import BROKEN, ImageError, Pair, Skip, image_size
 from refine.uids import Subset, from_hex
 
 FETCHED = "fetched"

@@ -21,7 +21,8 @@ from hqclip_jax.data.tags import write_counts
 from refine.engines import Engine
 from refine.errors import RefineError
 from refine.finish import collect_seen, find_losers, gather, write_shards
-from refine.inputs import Input, fingerprint
+from refine.inputs.find import Input, fingerprint
+from refine.inputs.tars import fingerprint as file_fingerprint
 from refine.ledger import SKIPPED_FILE, Ledger
 from refine.manifest import code_version, engine_stats, ordered, show
 from refine.parallel import ordered_map
@@ -29,7 +30,6 @@ from refine.parts import FETCHED, Job, make_part
 from refine.progress import console, progress
 from refine.sink import QUARANTINE_FILE, SEEN_FILE, Part, part_directory
 from refine.storage import locked, write_json
-from refine.tars import fingerprint as file_fingerprint
 from refine.uids import Subset
 
 PARTS, RUN_FILE, INDEX = ".parts", "run.json", ".index"

@@ -22,8 +22,8 @@ from hqclip_jax.data.record import WRITER_OPTIONS, Record, Shard, encode
 from hqclip_jax.data.tags import normalise
 from refine.engines import Quarantined, Sums
 from refine.errors import RefineError
+from refine.inputs.pairs import Skip
 from refine.ledger import SKIPPED_FILE, Ledger
-from refine.sources import Skip
 from refine.storage import sha256, write_json
 from refine.uids import PACK
 

@@ -104,7 +104,7 @@ def test_each_stage_asks_for_what_the_others_made(interpreter, tmp_path):
     lvlm.refine("fresh", "refined")
     base, sft, run = (tmp_path / "calls").read_text().splitlines()
     out = tmp_path / "out"
-    assert f"1 -m refine.tiny_pretrain --output {out}/base" in base and "--steps 7" in base
+    assert f"1 -m refine.teaching.tiny_pretrain --output {out}/base" in base and "--steps 7" in base
     assert f"-m refine sft --model {out}/base --data {out}/taught --output {out}/student" in sft
     assert f"--model {out}/student --prompt {out}/prompt.txt --input {out}/pairs/fresh" in run
     assert "--max-pixels 4096" in run and "--max-pixels 4096" in sft

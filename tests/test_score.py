@@ -19,10 +19,10 @@ from hqclip_jax.data.image import eval_transform, open_rgb
 from hqclip_jax.restore import restore_model
 from hqclip_jax.sharding import make_mesh
 from hqclip_jax.step import init_state
-from refine.clip import Clip
 from refine.errors import RefineError
-from refine.outputs import Output
-from refine.scores import TEXTS, Scores, texts_of
+from refine.judging.clip import Clip
+from refine.judging.outputs import Output
+from refine.judging.scores import TEXTS, Scores, texts_of
 from tests.refine.outputs import make_record, write_output
 
 SIZE = 16

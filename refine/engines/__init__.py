@@ -12,8 +12,8 @@ from typing import ClassVar, Protocol, Union
 
 from hqclip_jax.data.tags import normalise
 from hqclip_jax.data.text import clean
+from refine.inputs.pairs import Pair, Skip
 from refine.ledger import Ledger
-from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
 
 Result = Union["Refined", Skip, "Quarantined", "Sums"]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from refine.engines import Refined, Refiner, Texts
-from refine.index import REASONS, AnnotationIndex
+from refine.engines.index import REASONS, AnnotationIndex
+from refine.inputs.pairs import Pair, Skip
+from refine.inputs.tars import fingerprint
 from refine.ledger import Ledger
-from refine.sources import Pair, Skip
-from refine.tars import fingerprint
 from refine.uids import Subset, UidTable, among, repeats, to_hex
 
 FIELDS = ("desc", "neg_desc", "tags", "neg_tags")

@@ -14,11 +14,11 @@ from typing import ClassVar, Protocol
 
 from refine.engines import Quarantined, Refined, Refiner, Sums
 from refine.engines.backend import Backend, Sampling
+from refine.inputs.pairs import Pair, Skip
 from refine.journal import journal_folder, key_of, read_answers
 from refine.ledger import Ledger
 from refine.prompts import Prompt
 from refine.sink import PART_FILE
-from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
 
 

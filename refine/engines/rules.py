@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from hqclip_jax.data.tags import normalise
 from refine.engines import Refined, Refiner, Texts, unique
+from refine.inputs.pairs import Pair, Skip
 from refine.ledger import Ledger
-from refine.sources import Pair, Skip
 from refine.uids import Subset, UidTable
 
 WORDS_FILE = Path(__file__).parent / "words.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from refine import fetch, stores
+from refine.inputs import fetch, stores
 from tests.data.object_store import ObjectStore
 
 

@@ -79,7 +79,7 @@ def arguments() -> list[str]:
 
 def tiny(folder: Path) -> Path:
     """The model's folder, made where it is missing."""
-    from refine.tiny import make_tiny
+    from refine.teaching.tiny import make_tiny
 
     if not (folder / "model.safetensors").exists():
         make_tiny(folder)

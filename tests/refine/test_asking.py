@@ -9,7 +9,7 @@ from refine.asking import Finished, Tally, ask
 from refine.engines.backend import Sampling
 from refine.engines.lvlm import Lvlm
 from refine.errors import RefineError
-from refine.inputs import find
+from refine.inputs.find import find
 from refine.journal import journal_folder, read_answers
 from refine.parallel import Workers
 from refine.parts import Job

@@ -4,9 +4,9 @@ import numpy as np
 
 from hqclip_jax.data.record import Record, Shard
 from refine.finish import Piece, collect_seen, find_losers, gather, pack, write_shards
+from refine.inputs.pairs import Skip
 from refine.ledger import Ledger
 from refine.sink import SEEN_FILE, Part, PartWriter, part_directory
-from refine.sources import Skip
 
 
 def record(make, uid: int, tag: str = "a") -> Record:

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from refine.engines import Texts
+from refine.inputs.pairs import Pair
 from refine.journal import Answer, Journal, journal_folder, key_of, read_answers
-from refine.sources import Pair
 
 TEXTS = Texts(("a cat “x”.",), ("a dog.",), ("cat",), ("dog",))
 

@@ -1,7 +1,7 @@
 import json
 
+from refine.inputs.pairs import Skip, read_skips
 from refine.ledger import Ledger
-from refine.sources import Skip, read_skips
 
 
 def test_everything_is_counted_and_the_first_of_each_reason_named(tmp_path):

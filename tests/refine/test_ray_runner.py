@@ -11,7 +11,7 @@ import pytest
 from refine.engines.backend import Sampling
 from refine.engines.lvlm import Lvlm
 from refine.errors import RefineError
-from refine.inputs import find
+from refine.inputs.find import find
 from refine.parts import Job
 from refine.prompts import load_prompt
 from refine.ray_runner import OnRay
