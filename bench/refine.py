@@ -8,8 +8,8 @@
 Both sides ask the same engine about the same prepared prompts. One hands all of them to vLLM in
 one call, pictures decoded beforehand; the other is the whole command, from the moment when its
 engine is up to the finished data set, decoding, judging, journaling and writing included. Without
-`--model` or `--shape` the model is a tiny Qwen2-VL of random weights, held to valid answers by a
-grammar.
+`--model` the weights are random, those of a tiny Qwen2-VL or of `--shape`, held to valid answers by
+a grammar.
 Prints, last, one JSON object.
 """
 
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from math import isqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +33,7 @@ from refine.prompts import fence, load_prompt
 from tests.refine.real_engine import ENVIRONMENT, OPTIONS, Held, tiny
 
 PIXELS, TOKENS = 112 * 112, 150
+PATCH, VOCABULARY = 14, 151_936  # Qwen2-VL's
 SHAPES = {
     "2b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
            "num_attention_heads": 12, "num_key_value_heads": 2},
@@ -41,15 +43,17 @@ SHAPES = {
 """Language models of Qwen2-VL's sizes; the vision tower is the family's, 0.7 billion parameters."""
 
 
-def shaped(folder: Path, shape: str) -> Path:
-    """The folder of a model without weights: vLLM draws them."""
+def shaped(folder: Path, shape: str, side: int) -> Path:
+    """The folder of a model without weights, which vLLM draws, for pictures of `side` pixels."""
     from transformers import Qwen2VLConfig
 
     from refine.teaching.tiny import make_processor, make_tokenizer, scene_texts
 
     tokenizer = make_tokenizer(scene_texts(), 512)
+    # Drawn weights say any of the ids, so each has a text.
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), VOCABULARY)])
     config = Qwen2VLConfig(
-        text_config=SHAPES[shape] | {"vocab_size": 151_936, "max_position_embeddings": 8192},
+        text_config=SHAPES[shape] | {"vocab_size": VOCABULARY, "max_position_embeddings": 8192},
         vision_config={"hidden_size": SHAPES[shape]["hidden_size"]},
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
@@ -58,7 +62,7 @@ def shaped(folder: Path, shape: str) -> Path:
         architectures=["Qwen2VLForConditionalGeneration"],
     )
     config.save_pretrained(folder)
-    make_processor(tokenizer, 1008).save_pretrained(folder)
+    make_processor(tokenizer, side, PATCH).save_pretrained(folder)
     return folder
 
 
@@ -198,9 +202,9 @@ def main() -> None:
     args = parser.parse_args()
     small = not args.shape
     args.slots = args.slots or (16 if small else 256)
-    args.pixels = args.pixels or (PIXELS if small else 512 * 512)
+    args.pixels = args.pixels or (PIXELS if small else 504 * 504)
     args.tokens = args.tokens or (TOKENS if small else 256)
-    args.held = args.held or ("free" if args.model or args.shape else "grammar")
+    args.held = args.held or ("free" if args.model else "grammar")
     if small:
         os.environ.update(ENVIRONMENT)
     if args.one_call:
@@ -209,7 +213,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.shape:
-            model = shaped(folder / args.shape, args.shape)
+            model = shaped(folder / args.shape, args.shape, isqrt(args.pixels))
         else:
             model = Path(args.model) if args.model else tiny(folder / "hqclip-tiny")
         if args.structured:

@@ -113,7 +113,7 @@ def test_each_stage_asks_for_what_the_others_made(interpreter, tmp_path):
 
 def test_a_failed_stage_ends_the_demo_with_its_status(interpreter, tmp_path, monkeypatch):
     monkeypatch.setenv("STATUS", "7")
-    with pytest.raises(DemoError, match=r"-m refine\.tiny_pretrain stopped") as stop:
+    with pytest.raises(DemoError, match=r"-m refine\.teaching\.tiny_pretrain stopped") as stop:
         Lvlm(interpreter, tmp_path).make_base(SETTINGS)
     assert stop.value.status == 7
 

@@ -13,8 +13,8 @@ from refine.judging import scoring
 from refine.judging.comparison import Prices, label
 from refine.judging.outputs import Output
 from refine.judging.scores import CLIP_COLUMNS, About, Scores, fill
+from tests.refine.judging.test_judge import Fake
 from tests.refine.outputs import make_record, write_output
-from tests.refine.test_judge import Fake
 
 JUDGE = scoring._judge
 STATS = {

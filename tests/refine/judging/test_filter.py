@@ -17,8 +17,8 @@ from refine.judging import scoring
 from refine.judging.outputs import Output
 from refine.judging.scores import CLIP_COLUMNS, About, Scores, fill
 from refine.judging.verdicts import least_of_top
+from tests.refine.judging.test_judge import Fake
 from tests.refine.outputs import make_record, write_output
-from tests.refine.test_judge import Fake
 
 ROOT = Path(__file__).parents[3]
 ABOUT = About("clip-rule", "clip", CLIP_COLUMNS, {"context": 77})
@@ -233,7 +233,7 @@ KILLED = """
 import sys
 from refine.judging.outputs import Output
 from refine.judging.sieve import Rules, Sieve, sift
-from tests.refine.test_filter import ABOUT
+from tests.refine.judging.test_filter import ABOUT
 source = Output.open(__import__("pathlib").Path(sys.argv[1]))
 sift(Sieve(source, __import__("pathlib").Path(sys.argv[2]), Rules(min_clip=15), {"clip": ABOUT}))
 """
