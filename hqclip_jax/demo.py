@@ -206,15 +206,15 @@ def evaluate(out: Path, recipes: Sequence[Recipe], shown: Sequence[Shown]) -> No
             restored.model, restored.params, restored.tokenizer,
             restored.config.model.image_size, restored.mesh, batch=64,
         )  # fmt: skip
-        scores = run_suite(embedder, load_suite(str(out / "eval" / "suite.json")))
-        if names := failed(scores):
+        found = run_suite(embedder, load_suite(str(out / "eval" / "suite.json")))
+        if names := failed(found):
             raise DemoError(f"{recipe.title!r} could not be scored on {', '.join(names)}", 1)
         examples = (Example(f"scene {s.scene.key}", encode(s.scene)) for s in shown)
         zimg = next(embedder.images(examples))[1]
         texts = {"desc": [s.desc for s in shown], "neg_desc": [s.neg_desc for s in shown]}
         cosines = {field: (zimg * embedder.texts(texts[field])).sum(axis=1) for field in texts}
         gallery = {field: [float(c) for c in cosines[field]] for field in cosines}
-        results[recipe.name] = {"sets": scores, "gallery": gallery}
+        results[recipe.name] = {"sets": {n: r.scores for n, r in found.items()}, "gallery": gallery}
     write_json(out / "scores.json", results)
 
 

@@ -18,14 +18,13 @@ from rich.table import Table
 from hqclip_jax.checkpoint import WEIGHTS, CheckpointError
 from hqclip_jax.config import ConfigError
 from hqclip_jax.evals.datasets import EvalDataError
-from hqclip_jax.evals.embed import Embedder, EmbeddingError
+from hqclip_jax.evals.embed import Embedder, EmbeddingError, Stopped
+from hqclip_jax.evals.outcome import Failure, Outcome, Result
 from hqclip_jax.evals.suite import Evaluator, SuiteError, known_suites, load_suite
 from hqclip_jax.restore import RestoredModel, restore_model
 from hqclip_jax.telemetry import setup_logging
 
 log = logging.getLogger("hqclip_jax.evaluate")
-
-Scores = dict[str, float | str]  # the one string is {"error": message}
 
 EXAMPLES = f"""
 a suite is one of
@@ -53,8 +52,8 @@ exit status: 0 all sets scored, 1 some failed (the others' scores are there), 2 
 
 def run_suite(
     embedder: Embedder, evaluators: Sequence[Evaluator], console: Console | None = None
-) -> dict[str, Scores]:
-    """Runs every evaluator; one that fails leaves `{"error": message}` and the others still run.
+) -> dict[str, Result]:
+    """Runs every evaluator; one that fails leaves a `Failure` and the others still run.
 
     On a pod every host calls this together, with the same files: a set that only some hosts can
     read leaves the others waiting.
@@ -63,9 +62,12 @@ def run_suite(
         console: shows a progress bar, if it is a terminal.
 
     Returns:
-        scores by the evaluator's name, in order.
+        results by the evaluator's name, in order.
+
+    Raises:
+        Stopped: the embedder was asked to stop.
     """
-    results: dict[str, Scores] = {}
+    results: dict[str, Result] = {}
     shown = console is not None and console.is_terminal
     columns = TextColumn("{task.description}: {task.completed:,} embedded"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
@@ -76,11 +78,14 @@ def run_suite(
             try:
                 results[evaluator.name] = evaluator.run(embedder)
                 log.info("%s: done in %.1f s", evaluator.name, time.monotonic() - start)
+                _tell_skips(evaluator.name, results[evaluator.name])
+            except Stopped:
+                raise
             except (EvalDataError, EmbeddingError) as e:
-                results[evaluator.name] = {"error": str(e)}
+                results[evaluator.name] = Failure(str(e))
                 log.error("%s: %s", evaluator.name, e)
             except Exception as e:
-                results[evaluator.name] = {"error": f"{type(e).__name__}: {e}"}
+                results[evaluator.name] = Failure(f"{type(e).__name__}: {e}")
                 log.exception("%s failed", evaluator.name)
             finally:
                 embedder.on_embedded = None
@@ -88,27 +93,34 @@ def run_suite(
     return results
 
 
-def failed(results: dict[str, Scores]) -> list[str]:
-    """Names of the evaluators that left an error."""
-    return [name for name, scores in results.items() if "error" in scores]
+def _tell_skips(name: str, outcome: Outcome) -> None:
+    for reason, count in outcome.skips.counts.items():
+        some = ", ".join(outcome.skips.names[reason])
+        log.warning("%s: left out %s: %s: %s", name, f"{count:,}", reason, some)
 
 
-def _queries(scores: Scores, score: str) -> int:
+def failed(results: dict[str, Result]) -> list[str]:
+    """Names of the evaluators that failed."""
+    return [name for name, result in results.items() if isinstance(result, Failure)]
+
+
+def _queries(scores: dict[str, float], score: str) -> int:
     """How many answers a score is the mean of; the mean of two directions has no one number."""
     if category := score.partition("/")[2]:
         return scores[f"n/{category}"]
     return scores["captions" if score.startswith("image_retrieval") else "n"]
 
 
-def results_table(results: dict[str, Scores]) -> Table:
+def results_table(results: dict[str, Result]) -> Table:
     """One row a score, in percent, with its chance level and the number of answers behind it."""
     table = Table("set", "score", title="scores in %")
     for column in ("value", "chance", "n"):
         table.add_column(column, justify="right")
-    for name, scores in results.items():
-        if "error" in scores:
-            table.add_row(escape(name), f"[red]{escape(scores['error'])}[/]", "-", "-", "-")
+    for name, result in results.items():
+        if isinstance(result, Failure):
+            table.add_row(escape(name), f"[red]{escape(result.error)}[/]", "-", "-", "-")
             continue
+        scores = result.scores
         for score, value in scores.items():
             chance = scores.get(f"{score}_chance")
             if chance is None and score != "tie_rate":
@@ -120,14 +132,24 @@ def results_table(results: dict[str, Scores]) -> Table:
                 "-" if chance is None else f"{100 * chance:.1f}",
                 f"{_queries(scores, score):,}",
             )
+        if result.skips.total:
+            table.add_row(escape(name), "[yellow]left out[/]", "", "", f"{result.skips.total:,}")
         table.add_section()
     return table
 
 
+def to_json(result: Result) -> dict:
+    """As it stands in `results.json`."""
+    if isinstance(result, Failure):
+        return {"error": result.error}
+    return {"main": result.main, "scores": result.scores, "left_out": result.skips.to_json()}
+
+
 def write_results(
-    out: Path, restored: RestoredModel, arguments: argparse.Namespace, results: dict[str, Scores]
+    out: Path, restored: RestoredModel, arguments: argparse.Namespace, results: dict[str, Result]
 ) -> Path:
-    """Writes `results.json`: what was evaluated, on what, and the scores by set."""
+    """Writes `results.json`: what was evaluated, on what, and by set its scores, its main score and
+    what was left out; or its error."""
     whole = {
         "checkpoint": arguments.checkpoint,
         "step": int(restored.step),
@@ -136,7 +158,7 @@ def write_results(
         "data": arguments.data,
         "model": dataclasses.asdict(restored.config.model),
         "tokenizer": restored.tokenizer.name,
-        "results": results,
+        "results": {name: to_json(result) for name, result in results.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "results.json.tmp"

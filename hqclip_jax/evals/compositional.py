@@ -14,6 +14,7 @@ from hqclip_jax.evals.datasets import (
     tar_files,
 )
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.outcome import Items, Outcome, Skips
 
 
 def choice_scores(margins_n: np.ndarray, categories: Sequence[str]) -> dict[str, float]:
@@ -62,20 +63,23 @@ class HardNegatives:
             if path is not None and not path.exists():
                 raise EvalDataError(f"{path} is missing")
 
-    def examples(self) -> Iterator[Contrasted]:
+    def examples(self, skips: Skips) -> Iterator[Contrasted]:
         if self.images is None:
-            return read_contrasted(self.path)
-        return read_sugarcrepe(self.path, self.images)
+            return read_contrasted(self.path, skips)
+        return read_sugarcrepe(self.path, self.images, skips)
 
-    def run(self, embedder: Embedder) -> dict[str, float]:
-        zimg, choices = [], []
-        for examples, z in embedder.images(self.examples()):
+    def run(self, embedder: Embedder) -> Outcome:
+        skips, zimg, choices, keys = Skips(), [], [], []
+        for examples, z in embedder.images(self.examples(skips), skips):
             zimg.append(np.repeat(z, [len(e.choices) for e in examples], axis=0))
             choices.extend(choice for e in examples for choice in e.choices)
+            keys.extend(f"{e.source}/{i}" for e in examples for i in range(len(e.choices)))
         if not choices:
-            raise EvalDataError(f"{self.path} holds no items")
+            raise EvalDataError(f"{self.path} holds no items{skips}")
         texts = [c.caption for c in choices] + [c.negative for c in choices]
         zpos, zneg = np.split(embedder.texts(texts), 2)
         # Two rounded products could differ where the texts are equal; their difference's can't.
         margins = np.einsum("nd,nd->n", np.concatenate(zimg), zpos - zneg)
-        return choice_scores(margins, [c.category for c in choices])
+        right = Items(np.array(keys), (margins > 0).astype(np.float32))
+        scores = choice_scores(margins, [c.category for c in choices])
+        return Outcome(scores, "accuracy", {"accuracy": right}, skips)

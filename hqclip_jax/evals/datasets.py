@@ -3,6 +3,8 @@
 Three layouts: CLIP_benchmark's folder (`classnames.txt`, `zeroshot_classification_templates.txt`,
 `test/nshards.txt`, `test/0.tar`, ...), tars of images with captions as img2dataset writes them,
 and hard negatives, either in such tars or as SugarCrepe's JSON beside the images.
+
+What one image lacks is counted in `Skips` and left out; what the set lacks is an `EvalDataError`.
 """
 
 import json
@@ -12,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hqclip_jax.evals.outcome import Skips
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's key: up to the name's first dot
@@ -97,13 +101,12 @@ def tar_files(path: str | Path) -> list[Path]:
     return tars
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_tar(path: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (source, {lower-case suffix: bytes}) for each run of members with one key.
 
-    Raises:
-        EvalDataError: not a tar, or cut short.
+    A tar that is empty, no tar or cut short is one skip; what stands before the cut is read.
     """
-    key, sample = "", {}
+    key, sample, count = "", {}, 0
     try:
         with tarfile.open(path, "r|") as tar:
             for member in tar:
@@ -115,26 +118,29 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     sample = {}
                 key = match[1]
                 sample[match[2].lower()] = tar.extractfile(member).read()
+                count += 1
             end = tar.offset
     except tarfile.TarError as e:
-        raise EvalDataError(f"{path} is cut short or no uncompressed tar: {e}") from e
+        skips.add("tar is cut short or no uncompressed tar", f"{path}: {e}")
+        return  # the last sample may lack members
     with path.open("rb") as file:
         file.seek(end)
         # `tarfile` takes a broken header, or no more bytes, for a complete archive's end.
         if file.read(1024) != bytes(1024):
-            raise EvalDataError(f"{path} is broken or cut short at byte {end:,}: copy it again")
+            skips.add("tar is cut short or no uncompressed tar", f"{path} at byte {end:,}")
+            return
     if sample:
         yield f"{path}:{key}", sample
+    if not count:
+        skips.add("tar is empty", str(path))
 
 
-def _image(source: str, sample: dict[str, bytes]) -> bytes:
+def _image(source: str, sample: dict[str, bytes], skips: Skips) -> bytes | None:
     for suffix in IMAGE_SUFFIXES:
         if suffix in sample:
             return sample[suffix]
-    raise EvalDataError(
-        f"{source} has no image (.{', .'.join(IMAGE_SUFFIXES)}), only .{', .'.join(sample)}: "
-        "members of one key must follow each other"
-    )
+    skips.add(f"no image (.{', .'.join(IMAGE_SUFFIXES)})", f"{source}: only .{', .'.join(sample)}")
+    return None
 
 
 def _metadata(source: str, sample: dict[str, bytes]) -> dict:
@@ -151,7 +157,7 @@ def _captions(stored: dict) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ClassificationFolder:
-    """A classification set in CLIP_benchmark's layout; iterating yields `Labelled`."""
+    """A classification set in CLIP_benchmark's layout."""
 
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
@@ -178,16 +184,15 @@ class ClassificationFolder:
                 raise EvalDataError(f"{file}: {template!r} has no {{c}} where the class goes")
         return cls(classnames, templates, tuple(tar_files(folder)))
 
-    def __iter__(self) -> Iterator[Labelled]:
+    def examples(self, skips: Skips) -> Iterator[Labelled]:
         for tar in self.tars:
-            for source, sample in read_tar(tar):
+            for source, sample in read_tar(tar, skips):
                 text = sample.get("cls", b"").decode(errors="replace").strip()
                 if not text.isdecimal() or int(text) >= len(self.classnames):
-                    raise EvalDataError(
-                        f"{source}.cls holds {text[:40]!r}, not a class from 0 to "
-                        f"{len(self.classnames) - 1}"
-                    )
-                yield Labelled(source, _image(source, sample), int(text))
+                    reason = f"label is no class from 0 to {len(self.classnames) - 1}"
+                    skips.add(reason, f"{source}.cls: {text[:40]!r}")
+                elif image := _image(source, sample, skips):
+                    yield Labelled(source, image, int(text))
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -198,37 +203,37 @@ def _lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def read_captioned(path: str | Path) -> Iterator[Captioned]:
+def read_captioned(path: str | Path, skips: Skips) -> Iterator[Captioned]:
     """Images with one or more captions each.
 
     The captions are `captions` or `caption` of `KEY.json`, else the lines of `KEY.txt`, as
     CLIP_benchmark's retrieval sets have them.
     """
     for tar in tar_files(path):
-        for source, sample in read_tar(tar):
+        for source, sample in read_tar(tar, skips):
             captions = _captions(_metadata(source, sample))
             if not captions:
                 lines = sample.get("txt", b"").decode(errors="replace").splitlines()
                 captions = tuple(line.strip() for line in lines if line.strip())
             if not captions:
-                raise EvalDataError(
-                    f"{source} has no caption: neither `captions` or `caption` in .json, nor .txt"
-                )
-            yield Captioned(source, _image(source, sample), captions)
+                skips.add("no caption: neither `captions` or `caption` in .json, nor .txt", source)
+            elif image := _image(source, sample, skips):
+                yield Captioned(source, image, captions)
 
 
-def read_contrasted(path: str | Path) -> Iterator[Contrasted]:
+def read_contrasted(path: str | Path, skips: Skips) -> Iterator[Contrasted]:
     """Tars of `KEY.jpg` and `KEY.json` with `negative_caption` and `caption` (or `captions`, of
     which the first is taken), and perhaps `category`."""
     for tar in tar_files(path):
-        for source, sample in read_tar(tar):
+        for source, sample in read_tar(tar, skips):
             stored = _metadata(source, sample)
             stored["caption"] = next(iter(_captions(stored)), "")
             choice = _choice(stored, source + ".json", stored.get("category", ""))
-            yield Contrasted(source, _image(source, sample), (choice,))
+            if image := _image(source, sample, skips):
+                yield Contrasted(source, image, (choice,))
 
 
-def read_sugarcrepe(path: str | Path, images: str | Path) -> Iterator[Contrasted]:
+def read_sugarcrepe(path: str | Path, images: str | Path, skips: Skips) -> Iterator[Contrasted]:
     """SugarCrepe's items beside the images they name.
 
     Args:
@@ -237,7 +242,7 @@ def read_sugarcrepe(path: str | Path, images: str | Path) -> Iterator[Contrasted
         images: the folder of those files, or tars whose keys are their names without suffix.
 
     Raises:
-        EvalDataError: an item without one of the fields, or without its image.
+        EvalDataError: an item without one of the fields.
     """
     path, images = Path(path), Path(images)
     by_image: dict[str, list[Choice]] = defaultdict(list)
@@ -252,28 +257,29 @@ def read_sugarcrepe(path: str | Path, images: str | Path) -> Iterator[Contrasted
             by_image[stem].append(_choice(item, str(file), item.get("category", file.stem)))
     if not names:
         raise EvalDataError(f"{path} holds no items")
-    yield from _join(by_image, names, images)
+    yield from _join(by_image, names, images, skips)
 
 
 def _join(
-    by_image: dict[str, list[Choice]], names: dict[str, str], images: Path
+    by_image: dict[str, list[Choice]], names: dict[str, str], images: Path, skips: Skips
 ) -> Iterator[Contrasted]:
+    missing = "an item's image is missing"
     if images.is_dir() and not any(images.glob("*.tar")):
         for stem, choices in by_image.items():
             file = images / names[stem]
-            if not file.exists():
-                raise EvalDataError(f"{file} is missing, and has {len(choices)} items")
-            yield Contrasted(str(file), file.read_bytes(), tuple(choices))
+            if file.exists():
+                yield Contrasted(str(file), file.read_bytes(), tuple(choices))
+            else:
+                skips.add(missing, str(file))
         return
     waiting = dict(by_image)
     for tar in tar_files(images):
-        for source, sample in read_tar(tar):
+        for source, sample in read_tar(tar, skips):
             choices = waiting.pop(Path(source).name.rpartition(":")[2], None)
-            if choices is not None:
-                yield Contrasted(source, _image(source, sample), tuple(choices))
-    if waiting:
-        some = ", ".join(names[stem] for stem in list(waiting)[:5])
-        raise EvalDataError(f"{images} lacks {len(waiting)} images that items name: {some}")
+            if choices is not None and (image := _image(source, sample, skips)):
+                yield Contrasted(source, image, tuple(choices))
+    for stem in waiting:
+        skips.add(missing, f"{images}: {names[stem]}")
 
 
 def _choice(item: dict, source: str, category: str) -> Choice:

@@ -2,11 +2,14 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from hqclip_jax.evals.compositional import HardNegatives
+from hqclip_jax.evals.datasets import Example
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.outcome import Outcome, Skips
 from hqclip_jax.evals.retrieval import Retrieval
 from hqclip_jax.evals.zeroshot import ZeroShot
 
@@ -27,8 +30,11 @@ class Evaluator(Protocol):
     def check(self) -> None:
         """Raises `EvalDataError` where files are missing; reads no images."""
 
-    def run(self, embedder: Embedder) -> dict[str, float]:
-        """Scores by name, each `SCORE` with a chance level as `SCORE_chance`, and `n`."""
+    def examples(self, skips: Skips) -> Iterable[Example]:
+        """The images, in order; what the set has wrong is counted."""
+
+    def run(self, embedder: Embedder) -> Outcome:
+        """Raises `EvalDataError` where nothing can be scored."""
 
 
 def known_suites() -> dict[str, dict]:

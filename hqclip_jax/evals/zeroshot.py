@@ -1,13 +1,14 @@
 """Zero-shot classification: each class is a text, and the nearest text is the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hqclip_jax.evals.datasets import ClassificationFolder, EvalDataError
+from hqclip_jax.evals.datasets import ClassificationFolder, EvalDataError, Labelled
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import chance_at, first_match_ranks
 
 
@@ -42,6 +43,7 @@ def classification_scores(
         "mean_per_class_chance": 1 / classes,
         "n": len(ranks_n),
         "classes": classes,
+        "classes_seen": int((seen_C > 0).sum()),
     }
 
 
@@ -56,17 +58,27 @@ class ZeroShot:
         """Raises EvalDataError where the set is not all there."""
         ClassificationFolder.open(self.path)
 
-    def run(self, embedder: Embedder) -> dict[str, float]:
-        data = ClassificationFolder.open(self.path)
+    def examples(self, skips: Skips) -> Iterator[Labelled]:
+        return ClassificationFolder.open(self.path).examples(skips)
+
+    def run(self, embedder: Embedder) -> Outcome:
+        data, skips = ClassificationFolder.open(self.path), Skips()
         classifier_CxD = zero_shot_classifier(embedder, data.classnames, data.templates)
-        ranks, labels = [], []
-        for examples, zimg_nxD in embedder.images(data):
+        ranks, labels, keys = [], [], []
+        for examples, zimg_nxD in embedder.images(data.examples(skips), skips):
             label_n = np.array([e.label for e in examples])
             own_nxC = label_n[:, None] == np.arange(len(data.classnames))
             labels.append(label_n)
+            keys.extend(e.source for e in examples)
             ranks.append(first_match_ranks(zimg_nxD @ classifier_CxD.T, own_nxC))
         if not ranks:
-            raise EvalDataError(f"{self.path} holds no images")
-        return classification_scores(
-            np.concatenate(ranks), np.concatenate(labels), len(data.classnames)
-        )
+            raise EvalDataError(f"{self.path} holds no images{skips}")
+        rank_n, label_n = np.concatenate(ranks), np.concatenate(labels)
+        scores = classification_scores(rank_n, label_n, len(data.classnames))
+        key_n, right_n = np.array(keys), (rank_n < 1).astype(np.float32)
+        items = {
+            "top1": Items(key_n, right_n),
+            "top5": Items(key_n, (rank_n < 5).astype(np.float32)),
+            "mean_per_class": Items(key_n, right_n, label_n),
+        }
+        return Outcome(scores, "top1", items, skips)
