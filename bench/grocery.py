@@ -44,7 +44,8 @@ def score(data: Path, out: Path, length: str, recipe: str, seed: int) -> dict[st
         "hqclip_jax.evaluate", f"--checkpoint={run}", f"--suite={data / 'zeroshot'}",
         f"--out={run / 'eval'}",
     )  # fmt: skip
-    (scores,) = json.loads((run / "eval" / "results.json").read_text())["results"].values()
+    (result,) = json.loads((run / "eval" / "results.json").read_text())["results"].values()
+    scores = result["scores"]
     found = {"top1": scores["top1"], "top5": scores["top5"], "train_s": seconds}
     finished.write_text(json.dumps(found))
     return found

@@ -12,6 +12,7 @@ from hqclip_jax import evaluate
 from hqclip_jax.checkpoint import Checkpoints, RunInfo
 from hqclip_jax.config import Config, MeshConfig, ModelConfig
 from hqclip_jax.data.image import eval_transform, open_rgb
+from hqclip_jax.evals.outcome import Failure, Outcome
 from hqclip_jax.restore import restore_model
 from hqclip_jax.sharding import make_mesh
 from hqclip_jax.step import init_state
@@ -82,17 +83,17 @@ def test_end_to_end_equals_the_towers_by_hand(checkpoint, data, capsys):
     classifier = things + some
     classifier /= np.linalg.norm(classifier, axis=1, keepdims=True)
     right = (zimg @ classifier.T).argmax(axis=1) == np.arange(5)
-    assert stored["results"]["colours"]["top1"] == pytest.approx(right.mean())
+    assert stored["results"]["colours"]["scores"]["top1"] == pytest.approx(right.mean())
 
     captions, owner = np.concatenate([walls, names]), np.tile(np.arange(5), 2)
-    scores = stored["results"]["walls"]
+    scores = stored["results"]["walls"]["scores"]
     found = (captions @ zimg.T).argmax(axis=1) == owner
     assert scores["image_retrieval_recall_at_1"] == pytest.approx(found.mean())
     found = owner[(zimg @ captions.T).argmax(axis=1)] == np.arange(5)
     assert scores["text_retrieval_recall_at_1"] == pytest.approx(found.mean())
 
     margins = np.sum(zimg * (walls - grey), axis=1)
-    assert stored["results"]["grey"]["accuracy"] == pytest.approx((margins > 0).mean())
+    assert stored["results"]["grey"]["scores"]["accuracy"] == pytest.approx((margins > 0).mean())
     assert "top1" in capsys.readouterr().out
 
 
@@ -101,7 +102,7 @@ def test_results_say_nan_never_and_are_replaced_whole(checkpoint, data):
     out.mkdir()
     (out / "results.json").write_text("old")
     assert run(checkpoint, data / "zs", out) == 0
-    assert json.loads((out / "results.json").read_text())["results"]["zs"]["n"] == 5
+    assert json.loads((out / "results.json").read_text())["results"]["zs"]["scores"]["n"] == 5
     assert [p.name for p in out.iterdir()] == ["results.json"]
 
 
@@ -111,7 +112,7 @@ def test_missing_set_is_listed_and_the_others_run(checkpoint, data, capsys):
     assert "1 of 3 sets can't be read" in capsys.readouterr().out
     results = json.loads((data / "out" / "results.json").read_text())["results"]
     assert results["colours"] == {"error": f"{data / 'zs' / 'classnames.txt'} is missing"}
-    assert results["walls"]["n"] == 5
+    assert results["walls"]["scores"]["n"] == 5
 
 
 def test_nothing_to_run_is_said_before_the_checkpoint_is_read(data, capsys):
@@ -163,11 +164,14 @@ class Embedder:
 
 
 def test_run_suite_goes_on_after_a_failure(caplog):
-    evaluators = [Fixed("a", KeyError("x")), Fixed("b", {"top1": 1.0, "n": 1})]
+    found = Outcome({"top1": 1.0, "n": 1}, "top1")
+    found.skips.add("image does not decode", "0.tar:7")
+    evaluators = [Fixed("a", KeyError("x")), Fixed("b", found)]
     embedder = Embedder()
     with caplog.at_level(logging.INFO, "hqclip_jax.evaluate"):
         results = evaluate.run_suite(embedder, evaluators)
-    assert results == {"a": {"error": "KeyError: 'x'"}, "b": {"top1": 1.0, "n": 1}}
+    assert results == {"a": Failure("KeyError: 'x'"), "b": found}
+    assert "b: left out 1: image does not decode: 0.tar:7" in caplog.text
     assert evaluate.failed(results) == ["a"]
     assert "Traceback" in caplog.text  # an error of ours, not of the data
     assert embedder.on_embedded is None
@@ -180,24 +184,26 @@ def test_progress_bar_only_on_a_terminal(capsys):
             return super().run(embedder)
 
     terminal = Console(force_terminal=True)
-    evaluate.run_suite(Embedder(), [Counting("set", {})], terminal)
+    evaluate.run_suite(Embedder(), [Counting("set", Outcome({}, ""))], terminal)
     assert "set" in capsys.readouterr().out
-    evaluate.run_suite(Embedder(), [Counting("set", {})], Console(force_terminal=False))
+    evaluate.run_suite(
+        Embedder(), [Counting("set", Outcome({}, ""))], Console(force_terminal=False)
+    )
     assert capsys.readouterr().out == ""
 
 
 def test_table_shows_chance_and_n_beside_each_score(capsys):
     results = {
-        "walls": {
+        "walls": Outcome({
             "image_retrieval_recall_at_1": 0.25, "image_retrieval_recall_at_1_chance": 0.02,
             "text_retrieval_recall_at_1": 0.5, "text_retrieval_recall_at_1_chance": 0.03,
             "n": 4700, "captions": 23500,
-        },
-        "hard": {
+        }, "recall_at_1"),
+        "hard": Outcome({
             "accuracy": 0.6, "accuracy_chance": 0.5, "tie_rate": 0.1, "n": 44,
             "accuracy/add[att]": 1.0, "accuracy/add[att]_chance": 0.5, "n/add[att]": 3,
-        },
-        "gone": {"error": "[x] is missing"},
+        }, "accuracy"),
+        "gone": Failure("[x] is missing"),
     }  # fmt: skip
     Console(width=100).print(evaluate.results_table(results))
     rows = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]

@@ -191,7 +191,7 @@ class ClassificationFolder:
                 if not text.isdecimal() or int(text) >= len(self.classnames):
                     reason = f"label is no class from 0 to {len(self.classnames) - 1}"
                     skips.add(reason, f"{source}.cls: {text[:40]!r}")
-                elif image := _image(source, sample, skips):
+                elif (image := _image(source, sample, skips)) is not None:
                     yield Labelled(source, image, int(text))
 
 
@@ -217,7 +217,7 @@ def read_captioned(path: str | Path, skips: Skips) -> Iterator[Captioned]:
                 captions = tuple(line.strip() for line in lines if line.strip())
             if not captions:
                 skips.add("no caption: neither `captions` or `caption` in .json, nor .txt", source)
-            elif image := _image(source, sample, skips):
+            elif (image := _image(source, sample, skips)) is not None:
                 yield Captioned(source, image, captions)
 
 
@@ -229,7 +229,7 @@ def read_contrasted(path: str | Path, skips: Skips) -> Iterator[Contrasted]:
             stored = _metadata(source, sample)
             stored["caption"] = next(iter(_captions(stored)), "")
             choice = _choice(stored, source + ".json", stored.get("category", ""))
-            if image := _image(source, sample, skips):
+            if (image := _image(source, sample, skips)) is not None:
                 yield Contrasted(source, image, (choice,))
 
 
@@ -276,7 +276,7 @@ def _join(
     for tar in tar_files(images):
         for source, sample in read_tar(tar, skips):
             choices = waiting.pop(Path(source).name.rpartition(":")[2], None)
-            if choices is not None and (image := _image(source, sample, skips)):
+            if choices and (image := _image(source, sample, skips)) is not None:
                 yield Contrasted(source, image, tuple(choices))
     for stem in waiting:
         skips.add(missing, f"{images}: {names[stem]}")

@@ -43,7 +43,8 @@ def test_evaluator_on_a_tar(tmp_path, embedder):
     )  # fmt: skip
     evaluator = HardNegatives("colours", tar)
     evaluator.check()
-    found = evaluator.run(embedder)
+    outcome = evaluator.run(embedder)
+    found = outcome.scores
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["tie_rate"] == pytest.approx(1 / 3)
     assert found["n"] == 3
@@ -59,10 +60,12 @@ def test_evaluator_on_sugarcrepes_json(tmp_path, embedder):
     (tmp_path / "items.json").write_text(json.dumps(items))
     evaluator = HardNegatives("colours", tmp_path / "items.json", tar)
     evaluator.check()
-    found = evaluator.run(embedder)
+    outcome = evaluator.run(embedder)
+    found = outcome.scores
     assert found["accuracy/g"] == 1
     assert found["accuracy/r"] == 1 / 2
-    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == outcome.items["accuracy"].score() == pytest.approx(2 / 3)
+    assert len({*outcome.items["accuracy"].keys}) == 3
 
 
 def test_missing_files(tmp_path, embedder):

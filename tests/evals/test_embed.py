@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from hqclip_jax.evals.datasets import EvalDataError, Example
-from hqclip_jax.evals.embed import Embedder, EmbeddingError
+from hqclip_jax.evals.embed import Embedder, EmbeddingError, Stopped
+from hqclip_jax.evals.outcome import Skips
 
 from .colours import COLOURS, ColourModel, ColourTokenizer, picture
 
@@ -102,10 +103,35 @@ def test_images_stream(embedder):
     assert done == 3
 
 
-def test_broken_image_is_named(embedder):
-    stream = [Example("a.tar:good", picture("red")), Example("a.tar:bad", picture("red")[:40])]
-    with pytest.raises(EvalDataError, match=r"a\.tar:bad: .*do not decode"):
+def test_broken_image_is_named_and_left_out(embedder):
+    stream = [
+        Example(f"a.tar:{name}", picture(colour)[:cut])
+        for name, colour, cut in (("a", "red", None), ("bad", "red", 40), ("b", "blue", None))
+    ] * 2  # more than a batch
+    skips = Skips()
+    found = [pair for batch in embedder.images(stream, skips) for pair in zip(*batch)]
+    assert [e.source for e, _ in found] == ["a.tar:a", "a.tar:b"] * 2
+    np.testing.assert_allclose([z for _, z in found], [UNIT["red"], UNIT["blue"]] * 2, atol=1e-6)
+    assert skips.counts == {"image does not decode": 2}
+    assert skips.names == {"image does not decode": ["a.tar:bad"] * 2}
+    with pytest.raises(EvalDataError, match=r"a\.tar:bad does not decode"):
         list(embedder.images(stream))
+
+
+def test_a_batch_of_broken_images_is_no_batch(embedder):
+    stream = [Example("bad", b"")] * embedder.batch + [Example("good", picture("red"))]
+    assert [len(z) for _, z in embedder.images(stream, Skips())] == [1]
+
+
+def test_asked_to_stop_between_batches(embedder):
+    embedder.stop = lambda: seen >= 2
+    seen = 0
+    with pytest.raises(Stopped):
+        for _ in embedder.images(examples(9 * embedder.batch)[1]):
+            seen += 1
+    assert 2 <= seen <= 3
+    with pytest.raises(Stopped):
+        embedder.texts(["red"])
 
 
 def test_diverged_model_is_refused(mesh):
@@ -123,7 +149,8 @@ from flax import nnx
 from evals.colours import ColourModel, ColourTokenizer, picture
 from hqclip_jax.config import MeshConfig
 from hqclip_jax.evals.datasets import Example
-from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.embed import Embedder, Stopped
+from hqclip_jax.evals.outcome import Skips
 from hqclip_jax.sharding import make_mesh
 
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -133,16 +160,30 @@ graphdef, state = nnx.split(ColourModel(), nnx.Param)
 mesh = make_mesh(MeshConfig(fsdp=2), 4)
 embedder = Embedder(graphdef, nnx.to_pure_dict(state), ColourTokenizer(), 8, mesh, batch=4)
 names = ["red", "green", "blue", "yellow", "cyan"]
-z = [row for _, z in embedder.images(Example(n, picture(n)) for n in names) for row in z.tolist()]
+decoded, decode = [], embedder._decode
+embedder._decode = lambda e: decoded.append(e.source) or decode(e)
+skips = Skips()
+stream = [Example(n, picture(n)) for n in names]
+stream[1:1] = [Example("bad", b"")]
+z = [row for _, z in embedder.images(stream, skips) for row in z.tolist()]
 assert len(z) == 5, z
+assert skips.names == {"image does not decode": ["bad"]}
 error = abs(embedder.texts(names) - z).max()
+first = int(sys.argv[2]) == 0
+embedder.stop = lambda: first  # one host alone
+try:
+    embedder.texts(names)
+except Stopped:
+    print("stopped")
+print("decoded", sorted(decoded))
 print("devices", jax.device_count(), "error below 1e-6:", error < 1e-6)
 """
 
 
 @pytest.mark.slow
 def test_two_hosts_get_all_rows(tmp_path):
-    """Each of two processes, with two devices each, reads every embedding."""
+    """Each of two processes, with two devices each, decodes its own rows and reads every embedding,
+    and leaves out and stops at what one of them meets."""
     tests = Path(__file__).parents[1]
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -156,7 +197,11 @@ def test_two_hosts_get_all_rows(tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    for host in hosts:
+    # Batches of four, two rows a host; the last one is ragged.
+    decoded = ["bad", "cyan", "red", "yellow"], ["blue", "green"]
+    for host, own in zip(hosts, decoded):
         out, err = host.communicate(timeout=100)
         assert host.returncode == 0, err
         assert "devices 4 error below 1e-6: True" in out
+        assert f"decoded {own}" in out
+        assert "stopped" in out

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hqclip_jax.evals.datasets import EvalDataError
-from hqclip_jax.evals.retrieval import Retrieval, ranks_by_owner, retrieval_scores
+from hqclip_jax.evals.ranking import first_match_ranks
+from hqclip_jax.evals.retrieval import Retrieval, ranks_by_owner, retrieval_ranks, retrieval_scores
 
 from .colours import picture, write_tar
 
@@ -26,7 +27,7 @@ def pairs():
 
 def test_recall_equals_looking_at_every_top_k(pairs):
     zimg, ztxt, owner = pairs
-    found = retrieval_scores(zimg, ztxt, owner)
+    found = retrieval_scores(retrieval_ranks(zimg, ztxt, owner))
     sims = ztxt @ zimg.T
     for k in (1, 5, 10):
         nearest_images = np.argsort(-sims, axis=1)[:, :k]
@@ -51,9 +52,31 @@ def test_strips_do_not_change_the_ranks(pairs, chunk_elements):
     assert np.array_equal(ranks_by_owner(zimg, images, ztxt, owner, chunk_elements), back)
 
 
+def test_ranks_are_those_of_the_reference_ties_included():
+    """Few directions, so that many similarities are equal to the bit."""
+    rng = np.random.default_rng(1)
+    zimg = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 40)]
+    owner = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 4, 40)))
+    ztxt = np.eye(4, dtype=np.float32)[rng.integers(0, 4, len(owner))]
+    images = np.arange(40)
+    own = owner[:, None] == images
+    expected = first_match_ranks(ztxt @ zimg.T, own)
+    assert np.array_equal(ranks_by_owner(ztxt, owner, zimg, images), expected)
+    back = first_match_ranks(zimg @ ztxt.T, own.T)
+    assert np.array_equal(ranks_by_owner(zimg, images, ztxt, owner, 1000), back)
+    assert len(set(expected.tolist())) > 10
+
+
+def test_a_model_that_maps_all_to_one_point_scores_as_chance():
+    z = np.ones((50, 3), np.float32)
+    found = retrieval_scores(retrieval_ranks(z, z, np.arange(50)))
+    assert found["recall_at_10"] == pytest.approx(found["recall_at_10_chance"])
+    assert found["recall_at_10"] == pytest.approx(10 / 50)
+
+
 def test_text_retrieval_chance_counts_every_caption():
     z = np.eye(3, dtype=np.float32)
-    found = retrieval_scores(z, z[[0, 0, 1, 2]], np.array([0, 0, 1, 2]))
+    found = retrieval_scores(retrieval_ranks(z, z[[0, 0, 1, 2]], np.array([0, 0, 1, 2])))
     assert found["text_retrieval_recall_at_1_chance"] == pytest.approx((2 / 4 + 1 / 4 + 1 / 4) / 3)
     assert found["recall_at_1"] == 1
 
@@ -70,13 +93,17 @@ def test_evaluator(tmp_path, embedder):
         members[f"{colour}.json"] = json.dumps({"captions": captions})
     evaluator = Retrieval("colours", write_tar(tmp_path / "0.tar", members))
     evaluator.check()
-    found = evaluator.run(embedder)
+    outcome = evaluator.run(embedder)
+    found = outcome.scores
     # captions: red and yellow find their picture, the two misplaced ones the red one
     assert found["image_retrieval_recall_at_1"] == pytest.approx(2 / 4)
     # pictures: blue has cosine 0 with all four captions, and its own is the last of them
     assert found["text_retrieval_recall_at_1"] == pytest.approx(2 / 3)
     assert found["text_retrieval_recall_at_5"] == 1
     assert (found["n"], found["captions"]) == (3, 4)
+    for score, items in outcome.items.items():
+        assert items.score() == pytest.approx(found[score])
+    assert len({*outcome.items["image_retrieval_recall_at_1"].keys}) == 4
 
 
 def test_empty_and_missing_sets(tmp_path, embedder):

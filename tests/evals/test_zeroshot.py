@@ -4,7 +4,7 @@ import pytest
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.zeroshot import ZeroShot, classification_scores, zero_shot_classifier
 
-from .colours import COLOURS, write_classification, write_tar
+from .colours import COLOURS, picture, write_classification, write_tar
 
 
 def test_classifier_is_the_normalised_mean_of_normalised_templates(embedder):
@@ -27,7 +27,7 @@ def test_scores_by_hand():
             "top1": 3 / 6, "top1_chance": 0.05,
             "top5": 4 / 6, "top5_chance": 0.25,
             "mean_per_class": (2 / 3 + 1 / 2 + 0) / 3, "mean_per_class_chance": 0.05,
-            "n": 6, "classes": 20,
+            "n": 6, "classes": 20, "classes_seen": 3,
         }
     )  # fmt: skip
 
@@ -44,17 +44,36 @@ def test_evaluator(tmp_path, embedder):
     (folder / "test" / "nshards.txt").write_text("2")
     evaluator = ZeroShot("colours", folder)
     evaluator.check()
-    found = evaluator.run(embedder)
+    outcome = evaluator.run(embedder)
+    found = outcome.scores
     assert found["top1"] == pytest.approx(5 / 7)
     assert found["top5"] == found["top5_chance"] == 1
     assert found["mean_per_class"] == pytest.approx((1 + 1 / 2 + 1 + 1 + 1 / 2) / 5)
     assert (found["n"], found["classes"]) == (7, 5)
+    for score, items in outcome.items.items():
+        assert items.score() == pytest.approx(found[score])
+        assert len({*items.keys}) == 7
+
+
+def test_score_stands_on_what_is_whole(tmp_path, embedder):
+    folder = write_classification(tmp_path, {"red": 0, "blue": 2})
+    more = {"bad.png": picture("red")[:30], "bad.cls": "0", "é.png": picture("green"), "é.cls": "9"}
+    write_tar(folder / "test" / "1.tar", more)
+    write_tar(folder / "test" / "2.tar", {})
+    (folder / "test" / "nshards.txt").write_text("3")
+    outcome = ZeroShot("colours", folder).run(embedder)
+    assert (outcome.scores["n"], outcome.scores["classes_seen"], outcome.skips.total) == (2, 2, 3)
+    assert outcome.skips.names == {
+        "image does not decode": [f"{folder}/test/1.tar:bad"],
+        "label is no class from 0 to 4": [f"{folder}/test/1.tar:é.cls: '9'"],
+        "tar is empty": [f"{folder}/test/2.tar"],
+    }
 
 
 def test_empty_and_missing_sets(tmp_path, embedder):
     folder = write_classification(tmp_path / "set", {"red": 0})
     write_tar(folder / "test" / "0.tar", {})
-    with pytest.raises(EvalDataError, match="set holds no images"):
+    with pytest.raises(EvalDataError, match=r"no images \(tar is empty: 1, such as .*0\.tar\)"):
         ZeroShot("empty", folder).run(embedder)
     with pytest.raises(EvalDataError, match="nowhere is missing"):
         ZeroShot("missing", tmp_path / "nowhere").check()
