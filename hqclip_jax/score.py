@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 from hqclip_jax.checkpoint import WEIGHTS, CheckpointError
 from hqclip_jax.config import ConfigError
 from hqclip_jax.data.record import Record
-from hqclip_jax.evals.datasets import EvalDataError, Example
+from hqclip_jax.evals.datasets import Example
 from hqclip_jax.evals.embed import Embedder, EmbeddingError
+from hqclip_jax.evals.outcome import Skips
+from hqclip_jax.models.zoo import ARCHITECTURES
 from hqclip_jax.restore import Found, find, restore_model
 from hqclip_jax.telemetry import setup_logging
 from refine.errors import RefineError
@@ -44,22 +47,6 @@ class _Numbered(Example):
     record: Record
 
 
-class _Lenient(Embedder):
-    """Puts a blank in the place of a picture that does not decode, and remembers which."""
-
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
-        self.undecodable: set[int] = set()
-
-    def _decode(self, example: _Numbered) -> np.ndarray:
-        try:
-            return super()._decode(example)
-        except EvalDataError as e:
-            log.warning("no score: %s", str(e).removesuffix("; fetch the set again"))
-            self.undecodable.add(example.number)
-            return np.zeros((self.image_size, self.image_size, 3), np.uint8)
-
-
 class CheckpointScorer:
     """A checkpoint of ours as a `refine.judging.scores.Scorer`.
 
@@ -80,9 +67,9 @@ class CheckpointScorer:
     def score(
         self, records: Iterable[tuple[int, Record]]
     ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yields the rows in order; pictures are decoded ahead."""
+        """Yields the rows in order, without cosines where a picture does not decode."""
         restored = restore_model(self.found.path, weights=self.weights)
-        embedder = _Lenient(
+        embedder = Embedder(
             restored.model,
             restored.params,
             restored.tokenizer,
@@ -90,15 +77,24 @@ class CheckpointScorer:
             restored.mesh,
             self.batch,
         )
-        examples = (_Numbered(f"record {n:,}", r.image, n, r) for n, r in records)
-        for batch, z_nxD in embedder.images(examples):
-            z_nxD = z_nxD.copy()
-            for row, example in enumerate(batch):
-                if example.number in embedder.undecodable:
-                    embedder.undecodable.remove(example.number)
-                    z_nxD[row] = np.nan
+        passed: deque[_Numbered] = deque()
+
+        def examples() -> Iterator[_Numbered]:
+            for number, record in records:
+                passed.append(_Numbered(f"record {number:,}", record.image, number, record))
+                yield passed[-1]
+
+        def rows(batch: Sequence[_Numbered], zimg: Sequence[np.ndarray]) -> Iterator:
             items = [(example.number, example.record) for example in batch]
-            yield from clip_rows(items, z_nxD, embedder.texts, restored.tokenizer.length)
+            return clip_rows(items, zimg, embedder.texts, restored.tokenizer.length)
+
+        blank = np.full(ARCHITECTURES[restored.config.model.arch].embed_dim, np.nan, np.float32)
+        for batch, z_nxD in embedder.images(examples(), Skips()):
+            whole = {example.number: z for example, z in zip(batch, z_nxD)}
+            count = 1 + next(i for i, example in enumerate(passed) if example is batch[-1])
+            taken = [passed.popleft() for _ in range(count)]
+            yield from rows(taken, [whole.get(example.number, blank) for example in taken])
+        yield from rows(passed, [blank] * len(passed))
 
 
 def chosen(output: Output, shard: int, num_shards: int) -> np.ndarray | None:

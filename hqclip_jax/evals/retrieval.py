@@ -34,9 +34,8 @@ def ranks_by_owner(
     """
     rows = max(min(FEWEST_ROWS, chunk_elements), chunk_elements // len(target_TxD))
     own = _OwnTargets(query_owner_Q, target_owner_T)
-    target_DxT = np.ascontiguousarray(target_TxD.T)
     strips = (slice(start, start + rows) for start in range(0, len(query_QxD), rows))
-    return np.concatenate([_strip_ranks(query_QxD[s] @ target_DxT, own, s) for s in strips])
+    return np.concatenate([_strip_ranks(query_QxD[s] @ target_TxD.T, own, s) for s in strips])
 
 
 class _OwnTargets:
