@@ -55,7 +55,7 @@ one query; a text's are far below a picture's.
 
   python -m hqclip_jax.search query runs/search/photos "a red cup on a table"
   python -m hqclip_jax.search query runs/search/photos "a beach" "a forest" --not people
-  python -m hqclip_jax.search query runs/search/photos --image cup.jpg --image tea.png --out cups.html
+  python -m hqclip_jax.search query runs/search/photos --image cup.jpg --image tea.png --out x.html
 
 The model is the one that the index was built with, which is restored from its checkpoint.
 """

@@ -53,7 +53,7 @@ class Picture:
         """The encoded picture.
 
         Raises:
-            PictureError: too large, gone, or another one since it was listed.
+            PictureError: too large, cut short, gone, or another one since it was listed.
         """
         if self.length > MAX_BYTES:
             raise PictureError("file too large", f"{self.length:,} bytes, more than {MAX_BYTES:,}")
@@ -63,9 +63,12 @@ class Picture:
                 if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
                     raise PictureError("changed since it was listed")
                 file.seek(self.start)
-                return file.read(self.length)
+                encoded = file.read(self.length)
         except OSError as e:
             raise PictureError("unreadable file", e.strerror or str(e)) from e
+        if len(encoded) < self.length:
+            raise PictureError("cut short", f"{len(encoded):,} of {self.length:,} bytes")
+        return encoded
 
 
 @dataclass(frozen=True)
