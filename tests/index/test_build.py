@@ -177,10 +177,12 @@ build(Path(sys.argv[1]), Path(sys.argv[2]), Slow())
 def test_kill_nine_in_the_middle(photos, folder):
     command = [sys.executable, "-c", KILLED, str(folder), str(photos)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "two batches\n"
-        with pytest.raises(SearchError, match=r"another build of .* is under way"):
-            build(folder, photos, MeanColour())
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline() == "two batches\n"
+            with pytest.raises(SearchError, match=r"another build of .* is under way"):
+                build(folder, photos, MeanColour())
+        finally:
+            process.send_signal(signal.SIGKILL)
     model = MeanColour()
     build(folder, photos, model)
     assert model.embedded == ALL[4:]
