@@ -125,7 +125,7 @@ def run_query(args: argparse.Namespace, console: Console) -> None:
         for (title, image), similarities, rows in zip(asked, similarity_qxk, row_qxk)
     ]
     lead = f"The nearest of {len(index):,} pictures in {index.images}, by {stored}."
-    _show(results, f"Search of {index.images.name}", lead, index, args, console)
+    _show(results, f"Search in {index.images.name}", lead, index, args, console)
 
 
 def run_duplicates(args: argparse.Namespace, console: Console) -> None:
@@ -145,7 +145,7 @@ def run_duplicates(args: argparse.Namespace, console: Console) -> None:
         f"pictures in {index.images}, by {index.about.model}"
         + (f"; the {args.n} largest are shown." if len(groups) > args.n else ".")
     )
-    _show(results, f"Near-identical pictures of {index.images.name}", lead, index, args, console)
+    _show(results, f"Near-identical pictures in {index.images.name}", lead, index, args, console)
 
 
 def _show(

@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 from hqclip_jax.index import approximate
 from hqclip_jax.index.folder import Picture, Skip, Walk, printable
 from hqclip_jax.index.store import (
+    ABOUT,
     PARTS,
     SKIPPED,
     About,
@@ -137,14 +138,11 @@ def _alone(index: Path) -> Iterator[None]:
 
 def _begin(index: Path, images: Path, model: Model) -> About:
     """The index as it is; a new one is written, so that parts never meet another model's."""
-    try:
-        about = About.read(index)
-    except SearchError:
-        left = {path.name for path in index.iterdir()} - {"lock"}
-        if left:
-            raise
-        about = About(str(images), model)
-        about.write(index)
+    if not (index / ABOUT).exists():
+        if {path.name for path in index.iterdir()} - {"lock", f"{ABOUT}.tmp"}:
+            raise SearchError(f"{index} holds other things and no index: give another --index")
+        About(str(images), model).write(index)
+    about = About.read(index)
     mend = f"give another --index, or remove {index}"
     if about.model.digest != model.digest:
         raise SearchError(f"{index} was built by {about.model}, not by {model}: {mend}")

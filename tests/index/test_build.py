@@ -149,11 +149,19 @@ def test_a_kill_while_the_index_is_written_loses_nothing(photos, folder, monkeyp
 
 def test_leftovers_of_a_kill_are_removed(photos, folder):
     build(folder, photos, MeanColour())
+    (folder / "index.json.tmp").write_text("{")
     (folder / "000002.tmp").mkdir()
     (folder / "parts").mkdir()
     (folder / "parts" / "00000001.tmp").write_bytes(b"half")
     build(folder, photos, MeanColour())
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["000001"]
+
+
+def test_a_kill_before_the_index_was_described_does_not_close_its_folder(photos, folder):
+    folder.mkdir()
+    (folder / "lock").touch()
+    (folder / "index.json.tmp").write_text("{")
+    assert build(folder, photos, MeanColour()).count == 6
 
 
 KILLED = """
@@ -229,7 +237,7 @@ def test_what_can_not_be_built_says_why(photos, folder, tmp_path):
         build(tmp_path / "new", elsewhere, MeanColour())
     with pytest.raises(SearchError, match="nowhere is no folder"):
         build(folder, tmp_path / "nowhere", MeanColour())
-    with pytest.raises(SearchError, match="holds no index"):  # something else lies there
+    with pytest.raises(SearchError, match="holds other things and no index"):
         build(elsewhere, photos, MeanColour())
     assert names(folder) == ALL
 
