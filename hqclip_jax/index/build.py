@@ -89,9 +89,8 @@ def build(index: Path, images: Path, model: Encoder, console: Console | None = N
         about = _begin(index, images, model.about)
         parts = _Parts(index / PARTS)
         kept = {p.key for p, _ in _rows(index, about, parts) if wanted.get(p.key) == p}
-        known = len(kept)
         todo = [picture for key, picture in wanted.items() if key not in kept]
-        log.info("%d pictures, %d of them known", len(wanted), known)
+        log.info("%d pictures, %d of them known", len(wanted), len(kept))
         skipped = list(walk.skipped)
         for pictures, z_nxD, left_out in _shown(model.pictures(images, todo), len(todo), console):
             parts.add(pictures, z_nxD.astype(np.float16))
@@ -101,7 +100,7 @@ def build(index: Path, images: Path, model: Encoder, console: Console | None = N
         if not kept:
             raise SearchError(f"none of the {len(wanted):,} pictures in {images} can be read")
         rows = _standing(_rows(index, about, parts), wanted, kept)
-        unchanged = about.snapshot and len(kept) == known == about.count
+        unchanged = about.snapshot and not parts.count and len(kept) == about.count
         if unchanged and approximate.wanted(about.count):  # the library may have come since
             unchanged = (index / about.snapshot / approximate.FILE).exists()
         counts = dict(Counter(skip.reason for skip in skipped))

@@ -21,7 +21,7 @@ def png(*rgb: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 class MeanColour:
-    """Remembers what it was asked to embed, and may die before a batch."""
+    """Remembers what it was asked to embed, and may die before a batch or at the end."""
 
     def __init__(self, batch: int = 2, dies_at: int | None = None, about: Model = MODEL) -> None:
         self.batch, self.dies_at, self.about = batch, dies_at, about
@@ -45,3 +45,5 @@ class MeanColour:
                 good.append(picture)
                 z.append(mean / np.linalg.norm(mean))
             yield good, np.array(z, np.float32).reshape(-1, 3), skipped
+        if self.dies_at is not None:
+            raise KeyboardInterrupt

@@ -125,6 +125,20 @@ def test_what_died_in_a_later_build_leaves_the_index_as_it_was(photos, folder):
     assert nearest(folder, 1, 1, 0) == "new.png"
 
 
+def test_as_many_as_before_are_not_the_same_as_before(photos, folder):
+    """One gone and one new: all is known to the build after a kill, some of it from parts alone."""
+    build(folder, photos, MeanColour())
+    (photos / "red.png").unlink()
+    (photos / "new.png").write_bytes(png(255, 255, 0))
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, photos, MeanColour(batch=1, dies_at=1))
+    model = MeanColour()
+    build(folder, photos, model)
+    assert model.embedded == []
+    assert nearest(folder, 1, 1, 0) == "new.png"
+    assert "red.png" not in names(folder)
+
+
 @pytest.mark.parametrize("moment", [("write_snapshot", 1), ("replace_text", 1), ("_sweep", 2)])
 def test_a_kill_while_the_index_is_written_loses_nothing(photos, folder, monkeypatch, moment):
     """Before the snapshot, between it and `index.json`, and after that."""
