@@ -15,7 +15,7 @@ from PIL import Image
 from hqclip_jax.data.image import ImageError, open_rgb
 from hqclip_jax.index.folder import Picture, PictureError, printable
 from hqclip_jax.report import Markup, element, page
-from refine.pages import secured, visible
+from refine.judging.pages import secured, visible
 
 PIXELS = 288  # of a thumbnail's longer side: twice its size on the page, for dense screens
 THREADS = 4  # each may hold a decoded picture of a quarter of a gigabyte
