@@ -18,6 +18,7 @@ class Every:
     report: int
     save: int
     keep: int
+    evaluate: int
 
     @classmethod
     def of(cls, config: Config, records: int) -> "Every":
@@ -33,7 +34,8 @@ class Every:
                 f"multiple of the {save} of checkpoint.every={config.checkpoint.every!r}"
             )
         report = max(1, steps("log.every"))
-        return cls(steps("optim.duration"), steps("optim.warmup"), report, save, keep)
+        evaluate = max(1, steps("evals.every"))
+        return cls(steps("optim.duration"), steps("optim.warmup"), report, save, keep, evaluate)
 
 
 class Saver:

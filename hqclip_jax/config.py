@@ -144,6 +144,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    suites: str = item(
+        "", "what is scored while training, as `evaluate --suite` names it; several with commas"
+    )
+    data: str = item("", "folder under which the suites' sets lie")
+    every: str = item("5000 steps", "between evaluations; one is always made at the end")
+    batch: int = item(256, "images or texts a step of an evaluation, over all devices")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every: str = item("50 steps", "between reports")
     wandb: str = item("", "Weights & Biases project; the key comes from WANDB_API_KEY")
@@ -171,6 +181,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evals: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -273,7 +284,8 @@ def validate(config: Config) -> Config:
         "mesh.fsdp": config.mesh.fsdp,
         "mesh.tensor": config.mesh.tensor,
         "optim.micro_batches": optim.micro_batches, "optim.max_skipped": optim.max_skipped,
-        "optim.eps": optim.eps, "data.max_pixels": data.max_pixels, "data.cache_gb": data.cache_gb,
+        "evals.batch": config.evals.batch, "optim.eps": optim.eps,
+        "data.max_pixels": data.max_pixels, "data.cache_gb": data.cache_gb,
         "watchdog.warn": config.watchdog.warn, "watchdog.abort": config.watchdog.abort,
     }  # fmt: skip
     for name, value in positive.items():
@@ -308,7 +320,7 @@ def validate(config: Config) -> Config:
             )
     if loss.tag and data.tag_vocabulary <= 0:
         raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
-    durations = ["optim.duration", "optim.warmup", "checkpoint.every", "log.every"]
+    durations = ["optim.duration", "optim.warmup", "checkpoint.every", "log.every", "evals.every"]
     for name in durations + ["checkpoint.keep_every"] * bool(config.checkpoint.keep_every):
         section, key = name.split(".")
         if parse_duration(getattr(getattr(config, section), key), name)[0] <= 0 and key != "warmup":

@@ -202,7 +202,7 @@ class Report:
     replaced_log: Path
     due: tuple[int, Metrics] | None = None
     last: dict[str, float] = field(default_factory=dict)
-    _since: tuple[int, float, float] | None = None  # step, wall seconds, those waiting for data
+    _since: tuple[int, float, float] | None = None  # step, and what `_clock` said then
 
     def begin(self, step: int) -> None:
         """The first interval begins once the first step, which compiles, is done."""
@@ -243,9 +243,15 @@ class Report:
             self.progress.report(step, self.last)
         self._check_replaced(step, metrics["replaced"])
 
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Writes an evaluation's."""
+        if self.writer:
+            self.writer.write(step, scores)
+
     def _clock(self) -> tuple[float, float]:
+        """Seconds that training took, and those of them that it waited for data."""
         spent = self.goodput.seconds
-        return sum(spent.values()), spent["data"]
+        return sum(spent.values()) - spent["evaluation"], spent["data"]
 
     def _check_replaced(self, step: int, replaced: float) -> None:
         # Equal on all hosts, which therefore stop together.

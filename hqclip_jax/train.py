@@ -37,6 +37,7 @@ from hqclip_jax.data.pipeline import Pipeline, to_device
 from hqclip_jax.data.record import DatasetError
 from hqclip_jax.data.tags import TagVocabulary
 from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.evals.during import Evaluations, evaluators_of
 from hqclip_jax.lease import Lease, LeaseError
 from hqclip_jax.optim import make_tx, warmup_cosine
 from hqclip_jax.progress import Goodput, ProgressLine, Report
@@ -151,6 +152,7 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignal) ->
     replaced_log = workdir / f"replaced-{jax.process_index()}.jsonl"
     pipeline = Pipeline(config, tokenizer, tags, stored and stored.position, replaced_log)
     every = Every.of(config, sum(pipeline.records.values()))
+    evaluators = evaluators_of(config)
 
     tx = make_tx(config.optim, every.warmup, every.total)
     num_tags = len(tags) if tags else 0
@@ -194,10 +196,25 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignal) ->
             config, pipeline, start.step, replaced, lr, flops, goodput, progress, writer,
             replaced_log,
         )  # fmt: skip
-        loop = Loop(config, mesh, train_step, every, feed, report, saver, watchdog, tracer, stop)
+        evaluations = Evaluations(
+            config, evaluators, graphdef, tokenizer, mesh, workdir, every.evaluate, every.total
+        )
+        loop = Loop(
+            config,
+            mesh,
+            train_step,
+            every,
+            feed,
+            report,
+            saver,
+            evaluations,
+            watchdog,
+            tracer,
+            stop,
+        )
         step = loop.run(start)
     log.info("%s", goodput.line())
-    if step < every.total:
+    if step < every.total or evaluations.missing(step):
         number = stop.number or signal.SIGTERM  # another host's
         log.info("stopped by %s, saved at step %d", signal.Signals(number).name, step)
         return 128 + number
@@ -217,6 +234,7 @@ class Loop:
     feed: Feed
     report: Report
     saver: Saver
+    evaluations: Evaluations
     watchdog: Watchdog
     tracer: Tracer
     stop: StopSignal
@@ -236,6 +254,8 @@ class Loop:
         # A run that had stopped, or was told to, would stay so.
         again = jax.device_put(np.int32(0), start.state.streak.sharding)
         state, step = start.state._replace(streak=again, stopped=again.copy()), start.step
+        if self.evaluations.missing(step):  # it was broken off
+            self._evaluate(step, state)
         uids: deque[tuple[int, np.ndarray]] = deque(maxlen=self.config.optim.max_skipped + 1)
         fed: Fed | None = None
         said: jax.Array | None = None  # by the step before
@@ -265,6 +285,8 @@ class Loop:
                     self.tracer.asked(step + 1)
             if save and not self._save(step, state, said):
                 break
+            if self.evaluations.due(step) and step < self.every.total:
+                self._evaluate(step, state)
         self._check(_read(said), step, uids)
         self.report.flush()
         done = int(state.step)  # what was told to stop was not done
@@ -272,6 +294,8 @@ class Loop:
             self._save(done, state, None)
         if self.failure:
             raise self.failure
+        if start.step < done == self.every.total and self.evaluations.due(done):
+            self._evaluate(done, state)
         return done
 
     def _next(self) -> Fed | None:
@@ -309,6 +333,19 @@ class Loop:
         with self.report.goodput("checkpoint"):
             self.saver.save(step, state, self.report.last)
         return True
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Waits for the step, flushes what it said, and scores its parameters."""
+        self.report.flush()
+
+        def stop() -> bool:
+            self.watchdog.beat(step, "evaluating")
+            return bool(self.stop)
+
+        with self.report.goodput("evaluation"):
+            scores = self.evaluations.run(step, state, stop)
+        if scores:
+            self.report.scores(step, scores)
 
     def _check(self, control: Control, step: int, uids: Sequence[tuple[int, np.ndarray]]) -> None:
         """Raises FloatingPointError if the updates up to `step` were no numbers, and names them."""

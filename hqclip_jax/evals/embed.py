@@ -23,7 +23,7 @@ from hqclip_jax.sharding import BATCH_AXES, batch_sharding, replicated
 log = logging.getLogger("hqclip_jax.evals")
 
 AHEAD = 2  # batches that are decoded while the device works on another
-_DROP, _USE, _STOP = 0, 1, 2  # what a host says of each of its rows
+_DROP, _USE, _STOP, _FAIL = range(4)  # what a host says of each of its rows
 
 E = TypeVar("E", bound=Example)
 T = TypeVar("T")
@@ -154,13 +154,29 @@ class Embedder:
         self, examples: Iterable[E], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[list[E], np.ndarray, np.ndarray]]:
         waiting: deque = deque()
-        for batch in _batched(examples, self.batch):
+        batches, failure = _batched(examples, self.batch), None
+        while not failure:
+            try:
+                batch = next(batches, None)
+            except Exception as e:
+                failure = e
+                continue
+            if batch is None:
+                break
             own = [i for i in range(len(batch)) if i in self._own]
             waiting.append((batch, own, [pool.submit(self._decode, batch[i]) for i in own]))
             if len(waiting) > AHEAD:
                 yield self._collected(*waiting.popleft())
         for each in waiting:
             yield self._collected(*each)
+        if jax.process_count() > 1:
+            # A host that fails alone has to tell the others, which would wait for its rows. They
+            # hear of it one batch late, so that everywhere two more follow the last one.
+            said = np.full(self.batch, _FAIL if failure else _DROP, np.int8)
+            for _ in range(2):
+                yield [], self._collected([], [], [])[1], said
+        if failure:
+            raise failure
 
     def _collected(
         self, batch: list[E], own: list[int], futures: list[Future]
@@ -209,6 +225,8 @@ class Embedder:
         z_bxD, said_b = jax.device_get((z_bxD, said_b))
         if (said_b == _STOP).any():
             raise Stopped("the evaluation was asked to stop")
+        if (said_b == _FAIL).any() and not (said_b[sorted(self._own)] == _FAIL).any():
+            raise EvalDataError("another host could not read the set, and says why")
         z_nxD, said_n = z_bxD[: len(items)], said_b[: len(items)]
         if not np.isfinite(z_nxD[said_n == _USE]).all():
             # NaN compares as smaller than anything: it would score, and score well.

@@ -148,7 +148,7 @@ import jax
 from flax import nnx
 from evals.colours import ColourModel, ColourTokenizer, picture
 from hqclip_jax.config import MeshConfig
-from hqclip_jax.evals.datasets import Example
+from hqclip_jax.evals.datasets import EvalDataError, Example
 from hqclip_jax.evals.embed import Embedder, Stopped
 from hqclip_jax.evals.outcome import Skips
 from hqclip_jax.sharding import make_mesh
@@ -169,7 +169,21 @@ z = [row for _, z in embedder.images(stream, skips) for row in z.tolist()]
 assert len(z) == 5, z
 assert skips.names == {"image does not decode": ["bad"]}
 error = abs(embedder.texts(names) - z).max()
+embedder._decode = decode
 first = int(sys.argv[2]) == 0
+for readable in (0, 1, 4, 6, 8):  # at each place relative to the batches
+    def cut():
+        for i in range(8):
+            if first and i == readable:
+                raise OSError("gone")
+            yield stream[2]
+        if first and readable == 8:
+            raise OSError("gone")
+    try:
+        list(embedder.images(cut(), skips))
+    except (OSError, EvalDataError) as e:
+        print("after", readable, e)
+    assert abs(embedder.texts(names) - z).max() < 1e-6  # hosts are at one place again
 embedder.stop = lambda: first  # one host alone
 try:
     embedder.texts(names)
@@ -199,9 +213,12 @@ def test_two_hosts_get_all_rows(tmp_path):
     ]  # fmt: skip
     # Batches of four, two rows a host; the last one is ragged.
     decoded = ["bad", "cyan", "red", "yellow"], ["blue", "green"]
-    for host, own in zip(hosts, decoded):
+    failures = "gone", "another host could not read the set"
+    for host, own, failure in zip(hosts, decoded, failures):
         out, err = host.communicate(timeout=100)
         assert host.returncode == 0, err
         assert "devices 4 error below 1e-6: True" in out
         assert f"decoded {own}" in out
+        for readable in (0, 1, 4, 6, 8):
+            assert f"after {readable} {failure}" in out
         assert "stopped" in out

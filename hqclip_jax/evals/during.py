@@ -1,0 +1,169 @@
+"""Evaluation of a run while it trains, between two of its steps and on the same devices.
+
+The data path goes on meanwhile, as it lies in threads and processes of its own. A set that can't be
+scored is told and left out, and never ends the run. A stop breaks an evaluation off at its next
+batch, on all hosts at the same one; it is made up for when the run is started again.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.sharding import Mesh
+
+from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.evals.datasets import EvalDataError
+from hqclip_jax.evals.embed import Embedder, Stopped
+from hqclip_jax.evals.outcome import Outcome, Result
+from hqclip_jax.evals.suite import Evaluator, SuiteError, load_suite
+from hqclip_jax.evaluate import failed, run_suite, to_json
+from hqclip_jax.step import TrainState
+
+log = logging.getLogger(__name__)
+
+FOLDER = "evals"
+
+
+def evaluators_of(config: Config) -> list[Evaluator]:
+    """Those of `evals.suites`, without the sets that a host lacks, which are told.
+
+    Raises:
+        ConfigError: a suite that there is not, or two sets of one name.
+    """
+    names = [name.strip() for name in config.evals.suites.split(",") if name.strip()]
+    try:
+        found = [e for name in names for e in load_suite(name, config.evals.data or None)]
+    except SuiteError as e:
+        told = str(e).replace("--suite", "evals.suites").replace("--data", "evals.data")
+        raise ConfigError(told) from e
+    twice = {e.name for e in found if [f.name for f in found].count(e.name) > 1}
+    if twice:
+        raise ConfigError(f"evals.suites has two sets named {', '.join(sorted(twice))}")
+    return [e for e, there in zip(found, _everywhere([_readable(e) for e in found])) if there]
+
+
+def _readable(evaluator: Evaluator) -> bool:
+    try:
+        evaluator.check()
+    except EvalDataError as e:
+        log.error("%s will not be evaluated: %s", evaluator.name, e)
+        return False
+    return True
+
+
+def _everywhere(here: list[bool]) -> np.ndarray:
+    """Which are true on all hosts: a host that lacks a set would leave the others waiting."""
+    if jax.process_count() == 1 or not here:
+        return np.array(here, bool)
+    return process_allgather(np.array(here)).all(axis=0)
+
+
+class Evaluations:
+    """What is scored now and then, and where it is written: `evals/STEP/results.json`.
+
+    Args:
+        every: steps between two.
+        total: steps of the run; the last one is evaluated too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        evaluators: list[Evaluator],
+        graphdef: nnx.GraphDef,
+        tokenizer: ClipTokenizer,
+        mesh: Mesh,
+        workdir: Path,
+        every: int,
+        total: int,
+    ) -> None:
+        self.config, self.evaluators, self.workdir = config, evaluators, workdir
+        self.every, self.total = every, total
+        self._model = graphdef, tokenizer, mesh
+
+    def due(self, step: int) -> bool:
+        """Whether this step's parameters are to be scored."""
+        return bool(self.evaluators) and (step % self.every == 0 or step == self.total)
+
+    def missing(self, step: int) -> bool:
+        """Whether that was to be done and is not: for the step that a run goes on from or ends at.
+        The first process, which writes the results, answers for all."""
+        if not step or not self.due(step):
+            return False
+        missing = np.array(not self._file(step).exists())
+        return bool(missing if jax.process_count() == 1 else broadcast_one_to_all(missing))
+
+    def run(
+        self, step: int, state: TrainState, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Scores all sets and writes the results; None where a stop broke it off.
+
+        Args:
+            stop: asked before each batch.
+
+        Returns:
+            `eval/SET/SCORE` with chance levels and counts left out, for the metrics.
+        """
+        graphdef, tokenizer, mesh = self._model
+        params = state.params if state.ema is None else state.ema
+        image_size = self.config.model.image_size
+        embedder = Embedder(graphdef, params, tokenizer, image_size, mesh, self.config.evals.batch)
+        embedder.stop = stop
+        try:
+            results = run_suite(embedder, self.evaluators)
+        except Stopped:
+            log.info("the evaluation of step %d was broken off; the next start makes it up", step)
+            return None
+        if jax.process_index() == 0:
+            self._write(step, "params" if state.ema is None else "ema", results)
+        self._tell(step, results)
+        return {
+            f"eval/{name}/{score}": value
+            for name, result in results.items()
+            if isinstance(result, Outcome)
+            for score, value in _told(result).items()
+        }
+
+    def _file(self, step: int) -> Path:
+        return self.workdir / FOLDER / str(step) / "results.json"
+
+    def _write(self, step: int, weights: str, results: dict[str, Result]) -> None:
+        file = self._file(step)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole: dict[str, Any] = {
+            "step": step,
+            "weights": weights,
+            "suite": self.config.evals.suites,
+            "data": self.config.evals.data,
+            "results": {name: to_json(result) for name, result in results.items()},
+        }
+        partial = file.with_suffix(".tmp")
+        partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False))
+        partial.replace(file)
+
+    def _tell(self, step: int, results: dict[str, Result]) -> None:
+        scores = [
+            f"{name} {result.main} {100 * result.scores[result.main]:.1f}"
+            for name, result in results.items()
+            if isinstance(result, Outcome)
+        ]
+        log.info("step %d: %s", step, ", ".join(scores) or "nothing could be scored")
+        if names := failed(results):
+            log.error("step %d: could not score %s", step, ", ".join(names))
+
+
+def _told(outcome: Outcome) -> dict[str, float]:
+    """Scores that are drawn as curves: what is no count and no chance level."""
+    counts = ("n", "captions", "classes", "classes_seen")
+    return {
+        name: float(value)
+        for name, value in outcome.scores.items()
+        if not name.endswith("_chance") and name.partition("/")[0] not in counts
+    }
