@@ -54,7 +54,7 @@ class RunInfo:
         config: the whole configuration.
         position: records consumed globally, by source.
         tags: the tag head's vocabulary, None where there is no head.
-        tokenizer: name of the tokenizer.
+        tokenizer: what its `to_json` gives: the name, or that and a vocabulary.
         timers: seconds spent so far, over all its starts, by kind.
         records: size of each source, on which the order of its records depends.
     """
@@ -62,7 +62,7 @@ class RunInfo:
     config: Config
     position: dict[str, int]
     tags: TagVocabulary | None
-    tokenizer: str = ClipTokenizer.name
+    tokenizer: str | dict = ClipTokenizer.name
     timers: dict[str, float] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
 
@@ -250,7 +250,17 @@ class Checkpoints:
             ) from e
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The whole state, laid out as the shardings of `abstract` say."""
+        """The whole state, laid out as the shardings of `abstract` say.
+
+        Raises:
+            CheckpointError: the checkpoint was imported and holds parameters only.
+        """
+        where = self.directory / str(step)
+        if not (where / "rest").is_dir():
+            raise CheckpointError(
+                f"{where} was imported: it holds parameters, and no run that could go on. Begin "
+                f"one with --config.init_from={self.directory.parent} in another --workdir"
+            )
         parts = {name: _restore_args(part) for name, part in _parts(abstract).items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
         ema = restored.ema if "ema" in parts else None
@@ -260,6 +270,13 @@ class Checkpoints:
         """`params` or `ema` alone."""
         args = ocp.args.Composite(**{name: _restore_args(abstract)})
         return self._manager.restore(step, args=args)[name]
+
+    def save_params(self, step: int, params: Any, info: RunInfo) -> None:
+        """Writes parameters that were trained elsewhere, which can be evaluated and begun from but
+        not gone on with; returns when they are there."""
+        parts = {"params": ocp.args.PyTreeSave(params), "run": ocp.args.JsonSave(info.to_json())}
+        self._manager.save(step, args=ocp.args.Composite(**parts))
+        self.wait()
 
     def close(self) -> None:
         """Waits for the last save and reports its error, if any."""

@@ -64,6 +64,11 @@ class DataConfig:
     p_neg_desc: float = item(
         0.5, "probability that the negative is the negative description [inferred]"
     )
+    vocab: str = item(
+        "",
+        "vocab.txt of the WordPiece that CLIPA's models read texts with; empty takes CLIP's byte "
+        "pairs, or the vocabulary of the run that this one begins with",
+    )
     list_form: str = item("join", "how sentences or tags become one text [inferred]", LIST_FORMS)
     tag_vocabulary: int = item(10_000, "most frequent tags that the tag head knows [inferred]")
     max_tags: int = item(32, "tags kept per image")
@@ -318,6 +323,11 @@ def validate(config: Config) -> Config:
                 f"loss.hni_scale='own' goes with loss.hni_form='pair': {loss.hni_form!r} shares "
                 "the softmax of the contrastive loss"
             )
+    if data.vocab and not arch.clipa:
+        raise ConfigError(
+            f"data.vocab={data.vocab!r} is a WordPiece vocabulary, whose end no token marks, and "
+            f"model.arch={model.arch!r} pools where the text ends: take an architecture of CLIPA's"
+        )
     if loss.tag and data.tag_vocabulary <= 0:
         raise ConfigError(f"loss.tag={loss.tag} needs data.tag_vocabulary above 0")
     durations = ["optim.duration", "optim.warmup", "checkpoint.every", "log.every", "evals.every"]

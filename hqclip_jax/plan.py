@@ -22,6 +22,7 @@ from rich.table import Table
 
 from hqclip_jax import config as config_lib
 from hqclip_jax.config import Config, ConfigError
+from hqclip_jax.data.tokenizer import TokenizerError
 from hqclip_jax.hardware import CHIPS
 from hqclip_jax.planner import Plan, candidates, make_plan
 
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _in_samples(config_lib.load(args.config, overrides), args.records)
         question = (config, args.topology, args.mfu, args.slices, not args.formula)
         plans = search(*question, args.search, console) if args.search else [make_plan(*question)]
-    except ConfigError as e:
+    except (ConfigError, TokenizerError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if args.json:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hqclip_jax.config import Config, ConfigError, MeshConfig
 from hqclip_jax.cost import device_memory, recomputed_flops, step_flops
-from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.data.tokenizer import make_tokenizer
 from hqclip_jax.hardware import CHIPS, Chip, chip_of, topology_devices
 from hqclip_jax.hlo import BETWEEN_SLICES, collectives, estimated_cycles
 from hqclip_jax.optim import make_tx
@@ -126,7 +126,8 @@ def tags_of(config: Config) -> int:
 def init_shapes(config: Config, mesh: Mesh) -> tuple[Any, TrainState, TrainState, Any]:
     """Graph, abstract state, shardings and optimizer of a configuration; nothing is allocated."""
     tx = make_tx(config.optim, 1, 2)
-    return *init_state(config, ClipTokenizer.vocab_size, tags_of(config), tx, mesh)[:3], tx
+    rows = make_tokenizer(config.data.vocab, config.model.context_length).vocab_size
+    return *init_state(config, rows, tags_of(config), tx, mesh)[:3], tx
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:

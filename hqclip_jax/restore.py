@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from hqclip_jax.checkpoint import FOLDER, CheckpointError, Checkpoints, RunInfo
 from hqclip_jax.config import Config, MeshConfig
 from hqclip_jax.data.tags import TagVocabulary
-from hqclip_jax.data.tokenizer import TOKENIZERS, ClipTokenizer
+from hqclip_jax.data.tokenizer import Tokenizer, TokenizerError, tokenizer_from_json
 from hqclip_jax.models.clip import CLIP
 from hqclip_jax.sharding import make_mesh, tree_shardings
 
@@ -28,14 +28,16 @@ class Found:
     def path(self) -> Path:
         return self.checkpoints.directory / str(self.step)
 
-    def tokenizer(self) -> ClipTokenizer:
-        """The one it was trained with, at its context length."""
-        name = self.info.tokenizer
-        if name not in TOKENIZERS:
-            raise CheckpointError(
-                f"the checkpoint's tokenizer {name!r} is unknown here: {sorted(TOKENIZERS)}"
-            )
-        return TOKENIZERS[name](self.info.config.model.context_length)
+    def tokenizer(self) -> Tokenizer:
+        """The one it was trained with, at its context length.
+
+        Raises:
+            CheckpointError: this version does not know it.
+        """
+        try:
+            return tokenizer_from_json(self.info.tokenizer, self.info.config.model.context_length)
+        except TokenizerError as e:
+            raise CheckpointError(f"{self.path}: {e}") from e
 
     def model(self, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
         """The graph definition, and the parameters as `ShapeDtypeStruct`s laid out on `mesh`."""
@@ -114,7 +116,7 @@ class RestoredModel:
     config: Config
     model: nnx.GraphDef
     params: Any
-    tokenizer: ClipTokenizer
+    tokenizer: Tokenizer
     tags: TagVocabulary | None
     mesh: Mesh
 

@@ -23,6 +23,7 @@ from hqclip_jax.checkpoint import (
 )
 from hqclip_jax.config import Config
 from hqclip_jax.data.tags import TagVocabulary
+from hqclip_jax.data.tokenizer import Tokenizer, make_tokenizer, with_context
 from hqclip_jax.models.resample import resample_positions
 from hqclip_jax.restore import Found, find
 from hqclip_jax.step import TrainState
@@ -51,6 +52,25 @@ class Origin:
         """Of the run that goes on; None where a new one begins. Its vocabulary stays, for the
         data set's counts may have changed since."""
         return self.found.info if self.found and self.how in ("own", "resume") else None
+
+    def tokenizer(self, config: Config) -> Tokenizer:
+        """The other run's, whose vocabulary its token embedding was made for; the configuration's
+        where there is none.
+
+        Raises:
+            CheckpointError: `data.vocab` is another vocabulary.
+            TokenizerError: `data.vocab` can't be read.
+        """
+        length = config.model.context_length
+        if self.found is None:
+            return make_tokenizer(config.data.vocab, length)
+        stored = with_context(self.found.tokenizer(), length)
+        if config.data.vocab and make_tokenizer(config.data.vocab, length) != stored:
+            raise CheckpointError(
+                f"data.vocab={config.data.vocab!r} is not the vocabulary that {self.found.path} "
+                "was trained with: leave data.vocab empty, and its own is taken"
+            )
+        return stored
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from hqclip_jax.data.feed import Fed, Feed
 from hqclip_jax.data.pipeline import Pipeline, to_device
 from hqclip_jax.data.record import DatasetError
 from hqclip_jax.data.tags import TagVocabulary
-from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.data.tokenizer import TokenizerError
 from hqclip_jax.evals.during import Evaluations, evaluators_of
 from hqclip_jax.lease import Lease, LeaseError
 from hqclip_jax.optim import make_tx, warmup_cosine
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             jax.distributed.initialize()
         _use_compile_cache()
         status = train(config, Path(args.workdir), setup_logging())
-    except (ConfigError, DatasetError, CheckpointError, LeaseError, FileNotFoundError) as e:
+    except (
+        ConfigError, DatasetError, CheckpointError, TokenizerError, LeaseError, FileNotFoundError,
+    ) as e:  # fmt: skip
         print(f"error: {e}", file=sys.stderr)
         status = 2
     except FloatingPointError as e:
@@ -147,7 +149,7 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignal) ->
     mesh = make_mesh(config.mesh, config.optim.batch, parts=config.optim.micro_batches)
     origin = find_origin(config, workdir)
     stored = origin.stored
-    tokenizer = ClipTokenizer(config.model.context_length)
+    tokenizer = origin.tokenizer(config)
     tags = _vocabulary(config, stored)
     replaced_log = workdir / f"replaced-{jax.process_index()}.jsonl"
     pipeline = Pipeline(config, tokenizer, tags, stored and stored.position, replaced_log)
@@ -186,7 +188,8 @@ def _train(config: Config, workdir: Path, console: Console, stop: StopSignal) ->
 
         def info(step: int) -> RunInfo:
             position, seconds = pipeline.position(step - start.step), goodput.seconds
-            return RunInfo(config, position, tags, tokenizer.name, seconds, pipeline.records)
+            told = tokenizer.to_json()
+            return RunInfo(config, position, tags, told, seconds, pipeline.records)
 
         saver = Saver(config.checkpoint.minutes if first else 0, checkpoints, info, start.step)
         lr = warmup_cosine(config.optim.lr, every.warmup, every.total)

@@ -35,7 +35,7 @@ from hqclip_jax.data.shard_cache import ShardCache
 from hqclip_jax.data.shards import ShardSource, open_source
 from hqclip_jax.data.tags import TagVocabulary
 from hqclip_jax.data.text import TextChoice
-from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.data.tokenizer import Tokenizer
 
 NumpyBatch = dict[str, np.ndarray]
 
@@ -102,7 +102,7 @@ class LoadBatch(grain.transforms.Map):
         config: Config,
         mixture: Mixture,
         sources: list[ShardSource],
-        tokenizer: ClipTokenizer,
+        tokenizer: Tokenizer,
         tags: TagVocabulary | None,
         log: ReplacedLog,
     ) -> None:
@@ -236,7 +236,7 @@ class Pipeline:
     def __init__(
         self,
         config: Config,
-        tokenizer: ClipTokenizer,
+        tokenizer: Tokenizer,
         tags: TagVocabulary | None,
         position: Mapping[str, int] | None = None,
         replaced_log: Path | None = None,
