@@ -106,7 +106,7 @@ def _import(weights: Weights, arch_name: str, table: tuple[Row, ...], whose: str
 
 
 def _export(params: Mapping[str, Any], table: tuple[Row, ...], whose: str) -> dict[str, np.ndarray]:
-    flat = {k: v for k, v in _flatten(params).items() if not k.startswith(TRAINING_ONLY)}
+    flat = {k: v for k, v in flatten(params).items() if not k.startswith(TRAINING_ONLY)}
     paths = {row.ours for row in table}
     missing = sorted(p for p in paths - set(flat) if not p.startswith(OPTIONAL))
     unexpected = sorted(set(flat) - paths)
@@ -123,11 +123,12 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more if names else "none"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested parameters by path, as "text/ln_final/scale"."""
     flat: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}/") if nested else {prefix + key: np.asarray(value)}
+        flat |= flatten(value, f"{prefix}{key}/") if nested else {prefix + key: np.asarray(value)}
     return flat
 
 

@@ -64,3 +64,35 @@ ARCHITECTURES = {
     "ViT-H/14-CLIPA": _clipa(_H14),
     "ViT-bigG/14-CLIPA": _clipa(_BIG_G14),
 }
+
+
+def differences(shape: Architecture, other: Architecture) -> list[str]:
+    """What makes two architectures' parameters others, as "vision.width 768, not 1024"; how large
+    pictures and how long texts are is not part of it."""
+    pairs = {
+        f"{tower}.{size}": (getattr(getattr(a, tower), size), getattr(getattr(b, tower), size))
+        for a, b in [(shape, other)]
+        for tower in ("vision", "text")
+        for size in ("width", "layers", "heads", "mlp")
+    }
+    pairs |= {n: (getattr(shape, n), getattr(other, n)) for n in ("patch", "embed_dim", "clipa")}
+    return [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+def name_of(shape: Architecture) -> str:
+    """The named architecture that has this shape; of several, the one for its image size.
+
+    Raises:
+        ValueError: none has; says which comes closest and what differs.
+    """
+    far = {name: differences(shape, arch) for name, arch in ARCHITECTURES.items()}
+
+    def order(name: str) -> tuple[int, bool]:
+        return len(far[name]), ARCHITECTURES[name].image_size != shape.image_size
+
+    closest = min(ARCHITECTURES, key=order)
+    if far[closest]:
+        raise ValueError(
+            f"no architecture here has this shape; closest is {closest}: {', '.join(far[closest])}"
+        )
+    return closest

@@ -82,7 +82,7 @@ def assert_same_cosines(peer, params, arch, sizes):
 
 
 def assert_same_bits(got, want):
-    got, want = convert._flatten(got), convert._flatten(want)
+    got, want = convert.flatten(got), convert.flatten(want)
     assert set(got) == set(want)
     for name, x in want.items():
         assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
