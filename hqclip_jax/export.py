@@ -161,7 +161,8 @@ def import_model(foreign: Foreign, source: str | Path, out: str | Path) -> int:
 
 
 def _summary(out: Path, parameters: int, console: Console) -> None:
-    table = Table("in it", title=escape(str(out)), title_justify="left")
+    console.print(f"[bold]{escape(str(out))}[/]", soft_wrap=True)
+    table = Table("in it")
     table.add_column("bytes", justify="right")
     total = 0
     for path in sorted(out.iterdir()):

@@ -13,6 +13,7 @@ import pytest
 from hqclip_jax.checkpoint import CheckpointError, Checkpoints, RunInfo
 from hqclip_jax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from hqclip_jax.data.tags import TagVocabulary
+from hqclip_jax.data.tokenizer import SPECIAL_PIECES, ClipTokenizer, WordPieceTokenizer
 from hqclip_jax.models.resample import resample_positions
 from hqclip_jax.optim import make_tx
 from hqclip_jax.restore import restore_model
@@ -215,3 +216,26 @@ def test_another_architecture_is_refused_with_what_differs(runs, tmp_path):
     config = change(init_from=str(runs[0] / "long"), model={"act": "quick_gelu"})
     with pytest.raises(CheckpointError, match=r"model\.act is 'gelu' there, 'quick_gelu' here"):
         start(config, tmp_path)
+
+
+def test_the_tokenizer_is_that_of_the_run_one_begins_with(tmp_path):
+    clipa = change(model={"arch": "ViT-Pico/8-CLIPA"})
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(SPECIAL_PIECES))
+    with_vocab = change(clipa, data={"vocab": str(vocab)})
+    assert find_origin(CONFIG, tmp_path).tokenizer(CONFIG) == ClipTokenizer(12)
+    wordpiece = find_origin(with_vocab, tmp_path).tokenizer(with_vocab)
+    assert wordpiece == WordPieceTokenizer(SPECIAL_PIECES, 12)
+
+    checkpoints = Checkpoints(tmp_path / "there")
+    checkpoints.save_params(1, {"x": np.zeros(1)}, RunInfo(clipa, {}, None, wordpiece.to_json()))
+    checkpoints.close()
+    for how in ("init_from", "resume_from"):
+        begun = change(clipa, **{how: str(tmp_path / "there")}, model={"context_length": 5})
+        assert find_origin(begun, tmp_path).tokenizer(begun).context_length == 5
+        assert find_origin(begun, tmp_path).tokenizer(begun).vocabulary == SPECIAL_PIECES
+        same = change(begun, data={"vocab": str(vocab)})
+        assert find_origin(same, tmp_path).tokenizer(same).vocabulary == SPECIAL_PIECES
+    vocab.write_text("\n".join([*SPECIAL_PIECES, "cup"]))
+    with pytest.raises(CheckpointError, match=r"data\.vocab=.* is not the vocabulary that .*there"):
+        find_origin(same, tmp_path).tokenizer(same)

@@ -92,7 +92,7 @@ def _training(found: Found) -> str:
     if (workdir / IMPORTED).is_file():
         origin = read_json(workdir / IMPORTED)
         notes = "".join(f"\n- {note}" for note in origin["notes"])
-        return f"Elsewhere: imported from {origin['library']}'s `{origin['source']}`.{notes}"
+        return f"Elsewhere: imported from `{origin['source']}` ({origin['library']}).{notes}"
     config, samples = info.config, sum(info.position.values())
     loss = config.loss
     losses = {

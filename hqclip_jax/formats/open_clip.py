@@ -33,7 +33,8 @@ _VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_rat
 _VISION_INERT = {"attn_pooler_queries": 256, "attn_pooler_heads": 8, "pos_embed_type": "learnable",
                  "timm_pool": "avg", "timm_proj": "linear", "block_type": "default"}  # fmt: skip
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type",
-         "no_causal_mask", "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens"}  # fmt: skip
+         "no_causal_mask", "pad_id", "hf_tokenizer_name", "tokenizer_kwargs",
+         "output_tokens"}  # fmt: skip
 _TEXT_INERT = {"eos_id": 2, "proj_type": "linear", "proj": "linear", "block_type": "default",
                "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler",
                "hf_model_pretrained": True}  # fmt: skip

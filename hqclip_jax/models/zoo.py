@@ -42,6 +42,7 @@ def _clipa(openai: Architecture) -> Architecture:
     return replace(openai, clipa=True, context_length=32)
 
 
+_PICO = Architecture(_tower(128, 4, 2), 8, _tower(128, 3, 2), 128)
 _B_VISION, _B_TEXT = _tower(768, 12, 12), _tower(512, 12, 8)
 _L14 = Architecture(_tower(1024, 24, 16), 14, _tower(768, 12, 12), 768)
 _H14 = Architecture(_tower(1280, 32, 16), 14, _tower(1024, 24, 16), 1024)
@@ -49,7 +50,8 @@ _BIG_G14 = Architecture(_tower(1664, 48, 16, 4.9231), 14, _tower(1280, 32, 20), 
 
 ARCHITECTURES = {
     # Ours, for demonstrations and small data: head width 64 like OpenCLIP's default.
-    "ViT-Pico/8": Architecture(_tower(128, 4, 2), 8, _tower(128, 3, 2), 128),
+    "ViT-Pico/8": _PICO,
+    "ViT-Pico/8-CLIPA": _clipa(_PICO),
     "ViT-Nano/8": Architecture(_tower(192, 6, 3), 8, _tower(192, 4, 3), 192),
     "ViT-S/32": Architecture(_tower(384, 12, 6), 32, _tower(384, 12, 6), 384),
     "ViT-S/16": Architecture(_tower(384, 12, 6), 16, _tower(384, 12, 6), 384),
