@@ -1,7 +1,7 @@
 """CLIPA-v2's two stages for ViT-L/14 (Li et al. 2023), which the paper's released model is named
 after: nearly all samples as 84-pixel images and 8 tokens, the last ones in full size. Batch, rates
 and samples are CLIPA-v2's; warm-up, and that HQ-CLIP was trained so, are our inference. Tokens are
-CLIP's byte pairs, not BERT's.
+CLIP's byte pairs; --config.data.vocab=vocab.txt takes BERT's, as CLIPA-v2 did.
 
     --config=configs/xlarge_clipa.py            84 px, 8 tokens, 12.8B samples
     --config=configs/xlarge_clipa.py:finetune   224 px, 32 tokens, 512M samples

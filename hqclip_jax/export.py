@@ -112,14 +112,17 @@ def _check_read_back(folder: Path, to: str, model: Model) -> int:
         foreign = read_foreign(folder)
         got = flatten(foreign.params)
         _check_same_config(foreign, model)
-    want = {k: model.cast(x).astype(np.float32) for k, x in want.items()}
     other = sorted(set(got) ^ set(want)) or [
-        k for k, x in want.items() if got[k].shape != x.shape or got[k].tobytes() != x.tobytes()
+        k for k, x in want.items() if not _same_bits(got[k], model.cast(x).astype(np.float32))
     ]
     if other:
         raise FormatError(f"read back, these are others than written: {', '.join(other[:5])}")
     log.info("read back: %d weights are equal to the bit", len(want))
     return sum(x.size for x in want.values())
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
 def _check_same_config(foreign: Foreign, model: Model) -> None:
@@ -154,7 +157,7 @@ def import_model(foreign: Foreign, source: str | Path, out: str | Path) -> int:
         mesh = make_mesh(MeshConfig(), len(jax.devices()))
         got = flatten(jax.device_get(found.weights(found.model(mesh)[1], "params")))
         want = flatten(foreign.params)
-        if any(got[k].tobytes() != x.tobytes() for k, x in want.items()):
+        if not all(_same_bits(got[k], x) for k, x in want.items()):
             raise FormatError("read back, the checkpoint's parameters are others than written")
         log.info("read back: %d parameters are equal to the bit", len(want))
     return sum(x.size for x in want.values())
@@ -228,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             foreign = read_foreign(args.source, args.arch, args.act, args.vocab, args.our_resize)
-            log.info("%s's %s", foreign.library, foreign.config.model)
+            model, texts = foreign.config.model, foreign.tokenizer.name
+            log.info("a %s in the form of %s: %d pixels, %d tokens (%s), %s", model.arch,
+                     foreign.library, model.image_size, model.context_length, texts,
+                     model.act)  # fmt: skip
             for note in foreign.notes:
                 log.warning("%s", note)
             count = import_model(foreign, args.source, args.out)

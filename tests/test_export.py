@@ -94,7 +94,8 @@ def test_the_card_tells_what_is_known(run, tmp_path):
     rows = [{"step": s, "time": 1.0, "loss": 1 / s, "lr": 1.0} for s in (2, 4, 9)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = {"top1": 0.5, "top1_chance": 0.2, "n": 5}
-    stored = {"step": 5, "results": {"a|b": scores, "broken": {"error": "x"}}}
+    sets = {"a|b": scores, "<script>": scores, "broken": {"error": "x"}}
+    stored = {"step": 5, "results": sets}
     (workdir / "eval").mkdir()
     (workdir / "eval" / "results.json").write_text(json.dumps(stored))
     (tmp_path / "more.json").write_text(json.dumps(stored | {"step": 3}))
@@ -105,6 +106,7 @@ def test_the_card_tells_what_is_known(run, tmp_path):
     for line in (
         "| architecture | ViT-Pico/8 |", "| data | `data/dfn` |", "| samples seen | 640 |",
         "| loss, last reported | 0.25 |", "| a\\|b | top1 | 50.0 | 20.0 |",
+        "| &lt;script&gt; | top1 |",
         "| a\\|b (step 3) | top1 | 50.0 | 20.0 |", "library_name: open_clip",
         'open_clip.get_tokenizer("local-dir:out")',
     ):  # fmt: skip

@@ -18,7 +18,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 from jax.sharding import Mesh
 
 from hqclip_jax.config import Config, ConfigError
-from hqclip_jax.data.tokenizer import ClipTokenizer
+from hqclip_jax.data.tokenizer import Tokenizer
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, Stopped
 from hqclip_jax.evals.outcome import Outcome, Result
@@ -78,7 +78,7 @@ class Evaluations:
         config: Config,
         evaluators: list[Evaluator],
         graphdef: nnx.GraphDef,
-        tokenizer: ClipTokenizer,
+        tokenizer: Tokenizer,
         mesh: Mesh,
         workdir: Path,
         every: int,

@@ -1,5 +1,6 @@
 """The README.md beside exported weights, which model hubs show."""
 
+import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,8 @@ def _training(found: Found) -> str:
     workdir, info = found.checkpoints.directory.parent, found.info
     if (workdir / IMPORTED).is_file():
         origin = read_json(workdir / IMPORTED)
-        notes = "".join(f"\n- {note}" for note in origin["notes"])
-        return f"Elsewhere: imported from `{origin['source']}` ({origin['library']}).{notes}"
+        notes = "".join(f"\n- {_cell(note)}" for note in origin["notes"])
+        return f"Elsewhere: imported from {_code(origin['source'])} ({origin['library']}).{notes}"
     config, samples = info.config, sum(info.position.values())
     loss = config.loss
     losses = {
@@ -101,7 +102,7 @@ def _training(found: Found) -> str:
         "tag classification": (loss.tag, loss.tag_form),
     }
     about = {
-        "data": f"`{config.data.path}`",
+        "data": _code(config.data.path),
         "samples seen": f"{samples:,}",
         "batch": f"{config.optim.batch:,}",
         "peak learning rate": f"{config.optim.lr:g}, warm-up {config.optim.warmup}",
@@ -109,7 +110,7 @@ def _training(found: Found) -> str:
         "losses": ", ".join(f"{n} × {w:g} ({form})" for n, (w, form) in losses.items() if w),
         "descriptions": f"{config.data.p_desc:g} of the positive texts",
         "tag vocabulary": f"{len(info.tags):,}" if info.tags else "none",
-        "began with": f"`{config.init_from}`" if config.init_from else "random parameters",
+        "began with": _code(config.init_from) if config.init_from else "random parameters",
     } | _last_metrics(workdir, found.step)
     return _table(("", ""), about.items())
 
@@ -151,7 +152,12 @@ def _table(head: Sequence[str], rows: Any) -> str:
     return "\n".join("| " + " | ".join(_cell(str(x)) for x in line) + " |" for line in lines)
 
 
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"
+
+
 def _cell(text: str) -> str:
     """Names of sets and folders, and whatever stands in a file from elsewhere, as plain text."""
     text = " ".join(text.split()).replace("|", "\\|")
-    return text.replace("<", "&lt;") if "`" not in text else text
+    code = text.startswith("`") and text.endswith("`") and text.count("`") == 2
+    return text if code else html.escape(text, quote=False)

@@ -1,5 +1,6 @@
 """Models of other libraries, read into ours: what fits, what is carried, what is refused."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def _folder(path: Path) -> tuple[str, Described, Path]:
     if (path / open_clip.CONFIG).is_file():
         weights = _weights(path, OPEN_CLIP_WEIGHTS)
         if weights or not (path / transformers.CONFIG).is_file():
-            described = open_clip.describe(read_json(path / open_clip.CONFIG))
+            described = _described(path, open_clip.describe, read_json(path / open_clip.CONFIG))
             return "OpenCLIP", described, weights or _weights(path, (transformers.WEIGHTS,), True)
     if not (path / transformers.CONFIG).is_file():
         raise FormatError(
@@ -119,8 +120,18 @@ def _folder(path: Path) -> tuple[str, Described, Path]:
         )
     names = (transformers.PREPROCESSOR, "processor_config.json")
     images = next((read_json(path / n) for n in names if (path / n).is_file()), None)
-    described = transformers.describe(read_json(path / transformers.CONFIG), images)
+    stored = read_json(path / transformers.CONFIG)
+    described = _described(path, transformers.describe, stored, images)
     return "transformers", described, _weights(path, (transformers.WEIGHTS,), True)
+
+
+def _described(path: Path, describe: Callable[..., Described], *stored: Any) -> Described:
+    try:
+        return describe(*stored)
+    except FormatError as e:
+        raise FormatError(f"{path}: {e}") from e
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+        raise FormatError(f"{path}: a field of its configuration is not understood: {e}") from e
 
 
 def _weights(path: Path, names: tuple[str, ...], needed: bool = False) -> Path | None:
@@ -151,7 +162,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise _pickle(path)
     if path.suffix not in (".safetensors", ".json"):
         raise FormatError(f"{path}: weights are .safetensors, or the .json index of several")
-    return read_safetensors(path)
+    try:
+        return read_safetensors(path)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        raise FormatError(f"{path} is no index of weight files: {e!r}") from e
 
 
 def _bare(library: str, weights: dict, arch: str, act: str, vocab: str) -> Foreign:
@@ -243,6 +257,8 @@ def _with_our_colours(foreign: Foreign, described: Described) -> Foreign:
     its kernel, their difference into the position of every patch. Exact but for rounding.
     """
     mean, std = np.float64(described.mean), np.float64(described.std)
+    if mean.shape != (3,) or std.shape != (3,) or not np.all(std > 0):
+        raise FormatError(f"mean {mean} and deviation {std} are not those of three colours")
     if np.allclose(mean, CLIP_MEAN, atol=1e-6) and np.allclose(std, CLIP_STD, atol=1e-6):
         return foreign
     visual = foreign.params["visual"]

@@ -43,20 +43,21 @@ class Model:
         return isinstance(self.tokenizer, WordPieceTokenizer)
 
     def cast(self, x: np.ndarray) -> np.ndarray:
-        return x.astype(DTYPES[self.dtype])
+        """As the file holds it; the same array where nothing changes, for there may be many GB."""
+        return x.astype(DTYPES[self.dtype], copy=False)
 
-    def save(self, path: Path, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Writes the weights in `dtype`, and returns them so.
+    def save(self, path: Path, weights: Mapping[str, np.ndarray]) -> None:
+        """Writes the weights in `dtype`.
 
         Raises:
             FormatError: a weight is too large for it, or no number at all.
         """
         with np.errstate(over="ignore"):
             weights = {name: self.cast(x) for name, x in weights.items()}
-        if bad := [n for n, x in weights.items() if not np.isfinite(x.astype(np.float32)).all()]:
-            raise FormatError(
-                f"{', '.join(bad[:5])}: values that are not finite as {self.dtype}; bfloat16 has "
-                "float32's range"
-            )
+        finite = lambda x: bool(np.isfinite(x.astype(np.float32, copy=False)).all())
+        bad = [name for name, x in weights.items() if not finite(x)]
+        if bad:
+            mend = "; bfloat16 has float32's range" if self.dtype == "float16" else ""
+            some = ", ".join(bad[:5])
+            raise FormatError(f"{some}: values that are not finite as {self.dtype}{mend}")
         write_safetensors(path, weights)
-        return weights

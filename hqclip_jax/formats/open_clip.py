@@ -45,9 +45,9 @@ def write(folder: Path, model: Model) -> list[str]:
 
     CLIP's byte pairs need no file: they come with OpenCLIP. A WordPiece vocabulary lies beside.
     """
-    weights = model.save(folder / WEIGHTS, to_open_clip(model.params))
+    model.save(folder / WEIGHTS, to_open_clip(model.params))
     config = {
-        "model_cfg": _model_config(model, "logit_bias" in weights),
+        "model_cfg": _model_config(model),
         "preprocess_cfg": _preprocess(),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -69,7 +69,7 @@ def _preprocess() -> dict[str, Any]:
     }
 
 
-def _model_config(model: Model, sigmoid: bool) -> dict[str, Any]:
+def _model_config(model: Model) -> dict[str, Any]:
     arch, sizes = model.arch, model.config.model
     vision = {
         "image_size": sizes.image_size,
@@ -92,10 +92,13 @@ def _model_config(model: Model, sigmoid: bool) -> dict[str, Any]:
         text |= {"pool_type": "last", "no_causal_mask": True}
     if model.wordpiece:
         # The name only says which kind: from a local folder it is read there.
-        text |= {"hf_tokenizer_name": "bert-base-uncased"}
-        text |= {"tokenizer_kwargs": {"strip_sep_token": True}}
+        text |= {
+            "hf_tokenizer_name": "bert-base-uncased",
+            "tokenizer_kwargs": {"strip_sep_token": True},
+        }
     config = {"embed_dim": arch.embed_dim, "quick_gelu": sizes.act == "quick_gelu"}
-    if sigmoid:  # without them OpenCLIP builds no bias, and then refuses the weight
+    if "logit_bias" in model.params:
+        # Without them OpenCLIP builds no bias, and then refuses the weight.
         config |= {"init_logit_scale": SIGMOID_LOGIT_SCALE, "init_logit_bias": SIGMOID_LOGIT_BIAS}
     return config | {"vision_cfg": vision, "text_cfg": text}
 

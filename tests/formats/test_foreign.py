@@ -46,7 +46,7 @@ def open_clips(tmp_path_factory) -> Path:
     folder.mkdir()
     model = torch_peers.open_clip_model(ARCHITECTURES[models.ARCH], SIZES)
     config = open_clip_form._model_config(
-        Model(models.make_config(), ClipTokenizer(models.LENGTH), {}), False
+        Model(models.make_config(), ClipTokenizer(models.LENGTH), {})
     )
     stored = {"model_cfg": config, "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073]}}
     (folder / open_clip_form.CONFIG).write_text(json.dumps(stored))
@@ -188,6 +188,31 @@ def test_a_configuration_that_is_not_the_weights_is_refused(
         read_foreign(folder)
 
 
+@pytest.mark.parametrize(("name", "changes"), [
+    (OC, {"model_cfg__vision_cfg__width": "wide"}),
+    (OC, {"model_cfg__vision_cfg__head_width": 0}),
+    (OC, {"model_cfg__text_cfg__layers": None}),
+    (OC, {"preprocess_cfg__mean": 5}),
+    (OC, {"preprocess_cfg__mean": [0.5]}),
+    (OC, {"preprocess_cfg__std": [0, 0, 0]}),
+    ("config.json", {"vision_config__image_size": [32, 32]}),
+    ("config.json", {"vision_config__patch_size": "8"}),
+    ("preprocessor_config.json", {"size": "large"}),
+])  # fmt: skip
+def test_a_field_of_another_type_is_refused(open_clips, hugging_face, tmp_path, name, changes):
+    source = open_clips if name == OC else hugging_face
+    folder = shutil.copytree(source, tmp_path / "model")
+    edit(folder / name, **changes)
+    with pytest.raises(FormatError):
+        read_foreign(folder)
+
+
+def test_an_index_that_is_none_is_refused(open_clips, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(FormatError, match="is no index of weight files"):
+        read_foreign(tmp_path / "x.json", models.ARCH, "gelu")
+
+
 def test_other_merges_are_refused(hugging_face, tmp_path):
     folder = shutil.copytree(hugging_face, tmp_path / "model")
     (folder / "merges.txt").write_text("#version: 0.2\ni n\nt h\n")
@@ -222,7 +247,7 @@ def clipa(tmp_path) -> Path:
     save_file(weights, folder / open_clip_form.WEIGHTS)
     config = models.make_config(models.CLIPA, context_length=8, act="gelu")
     stored = {
-        "model_cfg": open_clip_form._model_config(Model(config, models.WORDPIECE, {}), False),
+        "model_cfg": open_clip_form._model_config(Model(config, models.WORDPIECE, {})),
         "preprocess_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
                            "interpolation": "bilinear", "resize_mode": "squash"},
     }  # fmt: skip
