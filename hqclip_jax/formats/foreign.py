@@ -29,6 +29,7 @@ READERS: dict[str, Callable[[Mapping, str], dict]] = {
     "transformers": from_transformers,
 }
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE = """{path} is a pickle, and reading one can run any code in it, so that is not done here.
 Where you trust it, write it as safetensors, in a Python that has torch:
     import torch; from safetensors.torch import save_file
@@ -78,6 +79,8 @@ def read_foreign(
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix in PICKLES:
+            raise _pickle(path, path.with_suffix(".safetensors").name)
         if arch not in ARCHITECTURES or act not in ("gelu", "quick_gelu"):
             raise FormatError(
                 f"{path} is weights alone: add --arch, one of {', '.join(ARCHITECTURES)}, and "
@@ -85,12 +88,14 @@ def read_foreign(
                 "were (DFN, MetaCLIP), else gelu"
             )
         weights = _read(path)
-        library = (
-            "transformers" if any(k.startswith("vision_model.") for k in weights) else "OpenCLIP"
-        )
+        hugging_face = any(name.startswith("vision_model.") for name in weights)
+        library = "transformers" if hugging_face else "OpenCLIP"
         return _bare(library, weights, arch, act, vocab)
     if not path.is_dir():
-        raise FormatError(f"{path}: no such file or folder")
+        raise FormatError(
+            f"{path}: no such file or folder; one of the Hub's is fetched by "
+            "`hf download NAME --local-dir FOLDER`"
+        )
     if arch or act:
         raise FormatError(f"--arch and --act are for a weight file alone: {path} says them itself")
     library, described, weights_path = _folder(path)
@@ -107,22 +112,23 @@ def read_foreign(
 
 def _folder(path: Path) -> tuple[str, Described, Path]:
     """Whose it is, what it says of itself, and where the weights are. Folders on the Hub often hold
-    both libraries' files."""
+    both libraries' files, and timm's too."""
+    config = path / transformers.CONFIG
+    stored = read_json(config) if config.is_file() else {}
     if (path / open_clip.CONFIG).is_file():
-        weights = _weights(path, OPEN_CLIP_WEIGHTS)
-        if weights or not (path / transformers.CONFIG).is_file():
+        weights = _find(path, OPEN_CLIP_WEIGHTS)
+        if weights or stored.get("model_type") != "clip":
             described = _described(path, open_clip.describe, read_json(path / open_clip.CONFIG))
-            return "OpenCLIP", described, weights or _weights(path, (transformers.WEIGHTS,), True)
-    if not (path / transformers.CONFIG).is_file():
+            return "OpenCLIP", described, weights or _weights(path, open_clip.WEIGHTS)
+    if not config.is_file():
         raise FormatError(
             f"{path} has neither {open_clip.CONFIG} (OpenCLIP) nor {transformers.CONFIG} "
             "(transformers); for weights alone name the file"
         )
     names = (transformers.PREPROCESSOR, "processor_config.json")
     images = next((read_json(path / n) for n in names if (path / n).is_file()), None)
-    stored = read_json(path / transformers.CONFIG)
     described = _described(path, transformers.describe, stored, images)
-    return "transformers", described, _weights(path, (transformers.WEIGHTS,), True)
+    return "transformers", described, _weights(path, transformers.WEIGHTS)
 
 
 def _described(path: Path, describe: Callable[..., Described], *stored: Any) -> Described:
@@ -134,32 +140,30 @@ def _described(path: Path, describe: Callable[..., Described], *stored: Any) -> 
         raise FormatError(f"{path}: a field of its configuration is not understood: {e}") from e
 
 
-def _weights(path: Path, names: tuple[str, ...], needed: bool = False) -> Path | None:
-    """The first of these files, or the index of one that is in parts.
+def _find(path: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of these files, or the index of one that is in parts."""
+    files = (path / f for name in names for f in (name, f"{name}.index.json"))
+    return next((f for f in files if f.is_file()), None)
+
+
+def _weights(path: Path, name: str) -> Path:
+    """The file, or any library's by its common name.
 
     Raises:
-        FormatError: none is there, though needed.
+        FormatError: there is none, or a pickle in its place.
     """
-    for name in names:
-        for file in (path / name, path / f"{name}.index.json"):
-            if file.is_file():
-                return file
-    if not needed:
-        return None
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".bin", ".pt", ".pth"):
-            raise _pickle(file)
-    raise FormatError(f"{path} has no {' or '.join(names)}")
+    if found := _find(path, (name, transformers.WEIGHTS)):
+        return found
+    if pickles := [f for f in sorted(path.iterdir()) if f.suffix in PICKLES]:
+        raise _pickle(pickles[0], name)
+    raise FormatError(f"{path} has no {name}")
 
 
-def _pickle(path: Path) -> FormatError:
-    safe = path.with_suffix(".safetensors").name
+def _pickle(path: Path, safe: str) -> FormatError:
     return FormatError(PICKLE.format(path=path, name=path.name, safe=safe))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise _pickle(path)
     if path.suffix not in (".safetensors", ".json"):
         raise FormatError(f"{path}: weights are .safetensors, or the .json index of several")
     try:

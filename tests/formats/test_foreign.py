@@ -88,6 +88,10 @@ def test_the_two_librarys_files_side_by_side_are_open_clips(open_clips, hugging_
     assert read_foreign(both).library == "OpenCLIP"
     (both / open_clip_form.WEIGHTS).rename(both / "open_clip_pytorch_model.bin")
     assert read_foreign(both).library == "transformers"
+    edit(both / "config.json", model_type=None)  # timm's, which names itself otherwise
+    (both / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"open_clip_pytorch_model\.bin is a pickle"):
+        read_foreign(both)
 
 
 def test_a_weight_file_alone_needs_to_be_told(open_clips, hugging_face):
@@ -117,18 +121,17 @@ def test_weights_in_parts_are_read_by_their_index(folder):
     jax.tree.map(np.testing.assert_array_equal, read_foreign(folder).params, want.params)
 
 
-def test_a_pickle_is_refused_with_the_mend_that_mends_it(open_clips, tmp_path, monkeypatch):
-    folder = shutil.copytree(open_clips, tmp_path / "model")
-    path = folder / open_clip_form.WEIGHTS
+def test_a_pickle_is_refused_with_the_mend_that_mends_it(folder, monkeypatch):
+    (path,) = folder.glob("*.safetensors")
+    pickle = path.with_suffix(".bin")
     weights = {k: torch.from_numpy(x) for k, x in load_file(path).items()}
-    torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}},
-               folder / "open_clip_pytorch_model.bin")  # fmt: skip
+    torch.save({"state_dict": {f"module.{k}": x for k, x in weights.items()}}, pickle)
     want = read_foreign(folder).params
     path.unlink()
     with pytest.raises(FormatError, match="is a pickle, and reading one can run any code") as told:
         read_foreign(folder)
     with pytest.raises(FormatError, match="is a pickle"):
-        read_foreign(folder / "open_clip_pytorch_model.bin", models.ARCH, "gelu")
+        read_foreign(pickle)
     code = [line.strip() for line in str(told.value).splitlines() if line.startswith("    ")]
     monkeypatch.chdir(folder)
     exec("\n".join(code), {})
@@ -233,7 +236,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path, open_clips):
         read_foreign(tmp_path / "w.npz", models.ARCH, "gelu")
     folder = shutil.copytree(open_clips, tmp_path / "model")
     (folder / open_clip_form.WEIGHTS).unlink()
-    with pytest.raises(FormatError, match=r"has no model\.safetensors"):
+    with pytest.raises(FormatError, match=r"has no open_clip_model\.safetensors"):
         read_foreign(folder)
 
 
