@@ -20,7 +20,7 @@ from hqclip_jax.config import ConfigError
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, EmbeddingError, Stopped
 from hqclip_jax.evals.outcome import Failure, Outcome, Result
-from hqclip_jax.evals.suite import Evaluator, SuiteError, known_suites, load_suite
+from hqclip_jax.evals.suite import Evaluator, SuiteError, known_suites, load_suite, tasks_help
 from hqclip_jax.restore import RestoredModel, restore_model
 from hqclip_jax.telemetry import setup_logging
 
@@ -30,7 +30,8 @@ EXAMPLES = f"""
 a suite is one of
   a known name        {", ".join(known_suites())}; its sets lie under --data
   a folder            in CLIP_benchmark's layout: classnames.txt, test/nshards.txt, test/0.tar,
-                      zeroshot_classification_templates.txt with {{c}} where the class goes
+                      zeroshot_classification_templates.txt with {{c}} where the class goes;
+                      or a folder per class, or what TFDS prepared
   a JSON file         paths lie under --data, or beside the file where --data is not given:
     {{"sets": [
       {{"task": "zeroshot", "name": "grocery", "path": "grocery/zeroshot"}},
@@ -38,8 +39,12 @@ a suite is one of
       {{"task": "hard_negatives", "name": "sugarcrepe", "path": "sugarcrepe.json",
        "images": "coco/00000.tar"}}
     ]}}
-    retrieval      tars of KEY.jpg with KEY.json (`caption` or `captions`), or KEY.txt (a line each)
-    hard_negatives the same tars with `negative_caption` too, or SugarCrepe's JSON and its images
+{tasks_help()}
+    classnames, templates  files with a line each, or FILE.json:KEY, instead of the set's own
+    split, label           of TFDS; or the folder between the path and the classes', or Karpathy's
+    main                   the score that stands for the set in means
+    metadata, group_by     names of the numbers in KEY.npy, and the one that makes the groups
+    a suite may have "groups": {{"NAME": [names of sets]}}, whose means are told
 
 examples
   python -m hqclip_jax.evaluate --checkpoint=runs/small --suite=imagenet --data=/data/wds

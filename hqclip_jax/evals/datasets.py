@@ -1,8 +1,8 @@
 """Readers of evaluation sets, streaming from tars: images pass, labels and texts stay.
 
-Three layouts: CLIP_benchmark's folder (`classnames.txt`, `zeroshot_classification_templates.txt`,
-`test/nshards.txt`, `test/0.tar`, ...), tars of images with captions as img2dataset writes them,
-and hard negatives, either in such tars or as SugarCrepe's JSON beside the images.
+Here: tars, their captions as img2dataset writes them, and hard negatives, either in such tars or
+as SugarCrepe's JSON beside the images. Classes are read by `classification`, `folders` and `tfds`,
+captions beside a folder of images by `folders`.
 
 What one image lacks is counted in `Skips` and left out; what the set lacks is an `EvalDataError`.
 """
@@ -35,7 +35,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Labelled(Example):
+    """`metadata`: what the set says of the image beside its class, such as where it was taken."""
+
     label: int
+    metadata: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Contrasted(Example):
     choices: tuple[Choice, ...]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
@@ -66,7 +69,7 @@ def _read_text(path: Path) -> str:
         raise EvalDataError(f"{path} is not UTF-8 text: {e}") from e
 
 
-def _read_json(text: str | bytes, source: str) -> dict | list:
+def read_json(text: str | bytes, source: str) -> dict | list:
     try:
         return json.loads(text)
     except ValueError as e:
@@ -89,7 +92,7 @@ def tar_files(path: str | Path) -> list[Path]:
         if tars := sorted(path.glob("*.tar")):
             return tars
         raise EvalDataError(f"{path} holds neither test/nshards.txt nor a .tar")
-    text = _read_text(count).strip()
+    text = read_text(count).strip()
     if not text.isdecimal() or int(text) == 0:
         raise EvalDataError(f"{count} holds {text[:40]!r}: write the number of tars beside it")
     tars = [path / "test" / f"{i}.tar" for i in range(int(text))]
@@ -108,7 +111,8 @@ def read_tar(path: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]
     """
     key, sample, count = "", {}, 0
     try:
-        with tarfile.open(path, "r|") as tar:
+        # A name that is no UTF-8 would end up in logs and JSON as half a character.
+        with tarfile.open(path, "r|", errors="backslashreplace") as tar:
             for member in tar:
                 match = _MEMBER.fullmatch(member.name)
                 if not member.isfile() or not match:
@@ -135,7 +139,7 @@ def read_tar(path: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]
         skips.add("tar is empty", str(path))
 
 
-def _image(source: str, sample: dict[str, bytes], skips: Skips) -> bytes | None:
+def image_of(source: str, sample: dict[str, bytes], skips: Skips) -> bytes | None:
     for suffix in IMAGE_SUFFIXES:
         if suffix in sample:
             return sample[suffix]
@@ -144,7 +148,7 @@ def _image(source: str, sample: dict[str, bytes], skips: Skips) -> bytes | None:
 
 
 def _metadata(source: str, sample: dict[str, bytes]) -> dict:
-    stored = _read_json(sample.get("json", b"{}"), source + ".json")
+    stored = read_json(sample.get("json", b"{}"), source + ".json")
     if not isinstance(stored, dict):
         raise EvalDataError(f"{source}.json is not a JSON object")
     return stored
@@ -153,54 +157,6 @@ def _metadata(source: str, sample: dict[str, bytes]) -> dict:
 def _captions(stored: dict) -> tuple[str, ...]:
     captions = stored.get("captions") or [stored.get("caption") or ""]
     return tuple(c.strip() for c in captions if c.strip())
-
-
-@dataclass(frozen=True)
-class ClassificationFolder:
-    """A classification set in CLIP_benchmark's layout."""
-
-    classnames: tuple[str, ...]
-    templates: tuple[str, ...]
-    tars: tuple[Path, ...]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> "ClassificationFolder":
-        """Reads names and templates, and checks that all tars are there.
-
-        Raises:
-            EvalDataError: a file missing, a template without `{c}`, a set of several labels.
-        """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise EvalDataError(f"{folder} is missing")
-        kind = folder / "dataset_type.txt"
-        if kind.exists() and (found := _read_text(kind).strip()) != "classification":
-            raise EvalDataError(f"{kind} says {found!r}: this reader takes one label per image")
-        classnames = _lines(folder / "classnames.txt")
-        file = folder / "zeroshot_classification_templates.txt"
-        templates = _lines(file)
-        for template in templates:
-            if "{c}" not in template:
-                raise EvalDataError(f"{file}: {template!r} has no {{c}} where the class goes")
-        return cls(classnames, templates, tuple(tar_files(folder)))
-
-    def examples(self, skips: Skips) -> Iterator[Labelled]:
-        for tar in self.tars:
-            for source, sample in read_tar(tar, skips):
-                text = sample.get("cls", b"").decode(errors="replace").strip()
-                if not text.isdecimal() or int(text) >= len(self.classnames):
-                    reason = f"label is no class from 0 to {len(self.classnames) - 1}"
-                    skips.add(reason, f"{source}.cls: {text[:40]!r}")
-                elif (image := _image(source, sample, skips)) is not None:
-                    yield Labelled(source, image, int(text))
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    """Stripped lines. Only the file's end may be blank: a class's number is its line's."""
-    lines = tuple(line.strip() for line in _read_text(path).rstrip().splitlines())
-    if not lines or not all(lines):
-        raise EvalDataError(f"{path} is empty or has a blank line among its {len(lines)}")
-    return lines
 
 
 def read_captioned(path: str | Path, skips: Skips) -> Iterator[Captioned]:
@@ -217,7 +173,7 @@ def read_captioned(path: str | Path, skips: Skips) -> Iterator[Captioned]:
                 captions = tuple(line.strip() for line in lines if line.strip())
             if not captions:
                 skips.add("no caption: neither `captions` or `caption` in .json, nor .txt", source)
-            elif (image := _image(source, sample, skips)) is not None:
+            elif (image := image_of(source, sample, skips)) is not None:
                 yield Captioned(source, image, captions)
 
 
@@ -229,7 +185,7 @@ def read_contrasted(path: str | Path, skips: Skips) -> Iterator[Contrasted]:
             stored = _metadata(source, sample)
             stored["caption"] = next(iter(_captions(stored)), "")
             choice = _choice(stored, source + ".json", stored.get("category", ""))
-            if (image := _image(source, sample, skips)) is not None:
+            if (image := image_of(source, sample, skips)) is not None:
                 yield Contrasted(source, image, (choice,))
 
 
@@ -248,7 +204,7 @@ def read_sugarcrepe(path: str | Path, images: str | Path, skips: Skips) -> Itera
     by_image: dict[str, list[Choice]] = defaultdict(list)
     names: dict[str, str] = {}
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        items = _read_json(_read_text(file), str(file))
+        items = read_json(read_text(file), str(file))
         for item in items.values() if isinstance(items, dict) else items:
             if "filename" not in item:
                 raise EvalDataError(f"{file}: an item has no `filename`: {str(item)[:80]}")
@@ -276,7 +232,7 @@ def _join(
     for tar in tar_files(images):
         for source, sample in read_tar(tar, skips):
             choices = waiting.pop(Path(source).name.rpartition(":")[2], None)
-            if choices and (image := _image(source, sample, skips)) is not None:
+            if choices and (image := image_of(source, sample, skips)) is not None:
                 yield Contrasted(source, image, tuple(choices))
     for stem in waiting:
         skips.add(missing, f"{images}: {names[stem]}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from hqclip_jax.evals.datasets import Captioned, EvalDataError, read_captioned, tar_files
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.folders import CaptionFile
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import chance_at, first_match_ranks
 
@@ -113,17 +114,30 @@ def retrieval_scores(ways: Ways) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Evaluator over tars of images with captions."""
+    """Tars of KEY.jpg with KEY.json (caption, captions) or KEY.txt; or COCO's or Karpathy's JSON.
+
+    Attributes:
+        path: tars, or COCO's or Karpathy's JSON.
+        images: the folder of the images that the JSON names.
+        split: of Karpathy's.
+    """
 
     name: str
     path: Path
+    images: Path | None = None
+    split: str = "test"
 
     def check(self) -> None:
-        """Raises EvalDataError where the set is not all there."""
-        tar_files(self.path)
+        """Raises EvalDataError where the set is not there; logs which single images are not."""
+        if self.images is None:
+            tar_files(self.path)
+        else:
+            CaptionFile.open(self.path, self.images, self.split).check()
 
     def examples(self, skips: Skips) -> Iterator[Captioned]:
-        return read_captioned(self.path, skips)
+        if self.images is None:
+            return read_captioned(self.path, skips)
+        return CaptionFile.open(self.path, self.images, self.split).examples(skips)
 
     def run(self, embedder: Embedder) -> Outcome:
         skips, zimg, captions, keys = Skips(), [], [], []

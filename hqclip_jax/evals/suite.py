@@ -1,21 +1,35 @@
 """Suites: which sets to evaluate on, by name, by file, or the one set in a folder."""
 
+import dataclasses
 import difflib
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, get_origin
 
 from hqclip_jax.evals.compositional import HardNegatives
 from hqclip_jax.evals.datasets import Example
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.faces import Faces
+from hqclip_jax.evals.multilabel import MultiLabel
 from hqclip_jax.evals.outcome import Outcome, Skips
 from hqclip_jax.evals.retrieval import Retrieval
+from hqclip_jax.evals.winogavil import WinoGAViL
 from hqclip_jax.evals.zeroshot import ZeroShot
 
-TASKS = {"zeroshot": ZeroShot, "retrieval": Retrieval, "hard_negatives": HardNegatives}
-FIELDS = {"task", "name", "path", "images"}
+TASKS = {
+    "zeroshot": ZeroShot,
+    "multilabel": MultiLabel,
+    "retrieval": Retrieval,
+    "hard_negatives": HardNegatives,
+    "winogavil": WinoGAViL,
+    "faces": Faces,
+}
+"""Dataclasses of `name`, `path` and what else an entry of that task may say."""
+
 KNOWN_FILE = Path(__file__).with_name("suites.json")
+DATACOMP_FILE = Path(__file__).with_name("datacomp.json")
 
 
 class SuiteError(ValueError):
@@ -39,7 +53,37 @@ class Evaluator(Protocol):
 
 def known_suites() -> dict[str, dict]:
     """The packaged suites: name to `{"sets": [...]}`, with paths under `--data`."""
-    return json.loads(KNOWN_FILE.read_text())
+    return json.loads(KNOWN_FILE.read_text()) | {"datacomp": json.loads(DATACOMP_FILE.read_text())}
+
+
+def suite_groups(spec: str) -> dict[str, list[str]]:
+    """The groups whose means a suite wants, by name the names of their sets; see `groups`.
+
+    Args:
+        spec: as `load_suite` takes it.
+
+    Raises:
+        SuiteError: a file whose groups are not lists of its sets.
+    """
+    path = Path(spec)
+    suite = {} if path.is_dir() else _read(path) if path.is_file() else known_suites().get(spec, {})
+    groups = suite.get("groups", {})
+    names = {entry["name"] for entry in suite.get("sets", [])}
+    for group, members in groups.items():
+        if not isinstance(members, list) or not names.issuperset(members):
+            raise SuiteError(f"{spec}: group {group!r} must list names of its sets: {members}")
+    return groups
+
+
+def tasks_help() -> str:
+    """A paragraph per task: what it is, and what an entry may have beside task, name and path."""
+    told = []
+    for task, evaluator in TASKS.items():
+        about = " ".join(evaluator.__doc__.partition("\n\n")[0].split())
+        keys = ", ".join(_optional(task))
+        told.append(f"{task:15}{about}" + (f" May have {keys}." if keys else ""))
+    indent = {"initial_indent": " " * 4, "subsequent_indent": " " * 19}
+    return "\n".join(textwrap.fill(t, 100, **indent) for t in told)
 
 
 def load_suite(spec: str, data: str | Path | None = None) -> list[Evaluator]:
@@ -67,17 +111,18 @@ def load_suite(spec: str, data: str | Path | None = None) -> list[Evaluator]:
             "or a JSON file that lists sets (see --help)"
         )
     if data is None:
-        paths = ", ".join(s["path"] for s in known[spec]["sets"])
-        raise SuiteError(f"--suite={spec} needs --data=ROOT, the folder that holds {paths}")
+        paths = [s["path"] for s in known[spec]["sets"]]
+        some = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+        raise SuiteError(f"--suite={spec} needs --data=ROOT, the folder that holds {some}")
     return _evaluators(known[spec], Path(data), str(KNOWN_FILE))
 
 
 def _folder(path: Path) -> Evaluator:
     path = path.absolute()
     kind = path / "dataset_type.txt"
-    if kind.exists() and kind.read_text().strip() == "retrieval":
-        return Retrieval(path.name, path)
-    return ZeroShot(path.name, path)
+    by_kind = {"retrieval": Retrieval, "multilabel": MultiLabel}
+    evaluator = by_kind.get(kind.read_text().strip() if kind.exists() else "", ZeroShot)
+    return evaluator(path.name, path)
 
 
 def _read(path: Path) -> dict:
@@ -99,15 +144,50 @@ def _evaluators(suite: dict, root: Path, source: str) -> list[Evaluator]:
 
 
 def _evaluator(entry: dict, root: Path, source: str) -> Evaluator:
-    if not isinstance(entry, dict) or not {"task", "name", "path"} <= entry.keys() <= FIELDS:
-        raise SuiteError(
-            f"{source}: {json.dumps(entry)} must have task, name and path, and may have images"
-        )
-    task = entry["task"]
+    if not isinstance(entry, dict) or not {"task", "name", "path"} <= entry.keys():
+        raise SuiteError(f"{source}: {json.dumps(entry)} must have task, name and path")
+    task, given = entry["task"], {k: v for k, v in entry.items() if k != "task"}
     if task not in TASKS:
         raise SuiteError(f"{source}: task {task!r} is not one of {', '.join(TASKS)}")
-    if "images" not in entry:
-        return TASKS[task](entry["name"], root / entry["path"])
-    if task != "hard_negatives":
-        raise SuiteError(f"{source}: only hard_negatives take `images`, {entry['name']!r} does not")
-    return HardNegatives(entry["name"], root / entry["path"], root / entry["images"])
+    fields = {f.name: f.type for f in dataclasses.fields(TASKS[task])}
+    if unknown := given.keys() - fields:
+        raise SuiteError(
+            f"{source}: {entry['name']!r} has unknown keys {', '.join(sorted(unknown))}: {task} "
+            "must have task, name and path, and may have "
+            + (", ".join(_optional(task)) or "nothing more")
+        )
+    where = f"{source}: {entry['name']!r}"
+    values = {k: _value(fields[k], v, root, f"{where}: {k}") for k, v in given.items()}
+    try:
+        return TASKS[task](**values)
+    except ValueError as e:
+        raise SuiteError(f"{where}: {e}") from e
+
+
+def _optional(task: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(TASKS[task]) if f.name not in ("name", "path")]
+
+
+def _value(kind: Any, value: Any, root: Path, where: str) -> Any:
+    """A field's value from JSON: of a path what lies under `root`, of a list a tuple."""
+    if kind in (Path, Path | None) and isinstance(value, str):
+        return _either_name(root / value)
+    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if get_origin(kind) is tuple and texts:
+        return tuple(value)
+    if isinstance(value, (str, int, float)) and isinstance(value, kind):
+        return value
+    raise SuiteError(f"{where} is {json.dumps(value)}, which should be {_said(kind)}")
+
+
+def _said(kind: Any) -> str:
+    if kind in (Path, Path | None):
+        return "a path"
+    return "a list of texts" if get_origin(kind) is tuple else getattr(kind, "__name__", str(kind))
+
+
+def _either_name(path: Path) -> Path:
+    """CLIP_benchmark's `wds_X` are called `wds_X_test` by DataComp: what is there is taken."""
+    bare = path.name.removesuffix("_test")
+    other = path.with_name(bare if bare != path.name else f"{path.name}_test")
+    return other if bare.startswith("wds_") and not path.exists() and other.exists() else path

@@ -1,15 +1,23 @@
 """Zero-shot classification: each class is a text, and the nearest text is the answer."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hqclip_jax.evals.datasets import ClassificationFolder, EvalDataError, Labelled
+from hqclip_jax.evals.classification import LabelledSet, open_labelled, with_metadata
+from hqclip_jax.evals.datasets import EvalDataError, Labelled
 from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.metrics import f1_by_class, mean_by_group, recall_by_class
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import chance_at, first_match_ranks
+
+log = logging.getLogger("hqclip_jax.evals")
+
+MAINS = ("top1", "top5", "mean_per_class", "f1_macro")
+WORST = ("top1_worst_group", "top5_worst_group")
 
 
 def zero_shot_classifier(
@@ -23,6 +31,27 @@ def zero_shot_classifier(
     return z_CxD / np.linalg.norm(z_CxD, axis=1, keepdims=True)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What was answered for each image.
+
+    Attributes:
+        keys: str [n].
+        labels: the right class, int [n].
+        ranks: how many classes come before the right one, int [n].
+        answers: the class that comes first, int [n].
+        metadata: what the set says beside the class, int [n, M].
+        classnames: [C].
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    ranks: np.ndarray
+    answers: np.ndarray
+    metadata: np.ndarray
+    classnames: tuple[str, ...]
+
+
 def classification_scores(
     ranks_n: np.ndarray, labels_n: np.ndarray, classes: int
 ) -> dict[str, float]:
@@ -31,54 +60,148 @@ def classification_scores(
     Args:
         ranks_n: classes that come before the right one.
     """
-    right_n = ranks_n < 1
-    seen_C = np.bincount(labels_n, minlength=classes)
-    right_C = np.bincount(labels_n, weights=right_n, minlength=classes)
+    recall_C = recall_by_class(ranks_n < 1, labels_n, classes)
     return {
-        "top1": float(right_n.mean()),
+        "top1": float((ranks_n < 1).mean()),
         "top1_chance": 1 / classes,
         "top5": float((ranks_n < 5).mean()),
         "top5_chance": chance_at(5, classes),
-        "mean_per_class": float((right_C[seen_C > 0] / seen_C[seen_C > 0]).mean()),
+        "mean_per_class": float(np.nanmean(recall_C)),
         "mean_per_class_chance": 1 / classes,
         "n": len(ranks_n),
         "classes": classes,
-        "classes_seen": int((seen_C > 0).sum()),
+        "classes_seen": int((~np.isnan(recall_C)).sum()),
     }
+
+
+def classification_items(found: Answers) -> dict[str, Items]:
+    """The answers behind each score."""
+    right_n = (found.ranks < 1).astype(np.float32)
+    return {
+        "top1": Items(found.keys, right_n),
+        "top5": Items(found.keys, (found.ranks < 5).astype(np.float32)),
+        "mean_per_class": Items(found.keys, right_n, found.labels),
+    }
+
+
+def f1_items(found: Answers) -> Items:
+    """The F1 of each class that has images: of it there are no answers image by image."""
+    f1_C = f1_by_class(found.answers, found.labels, len(found.classnames))
+    seen = np.flatnonzero(~np.isnan(f1_C))
+    keys = np.array([f"{c}: {found.classnames[c]}" for c in seen])
+    return Items(keys, f1_C[seen].astype(np.float32))
+
+
+def group_scores(found: Answers, column: int, name: str) -> dict[str, float]:
+    """top-1 and top-5 of each group and of the worst.
+
+    As DataComp's code has it, every group with an image counts, even FMoW's region "Other" of four
+    images, which WILDS itself leaves out.
+
+    Returns:
+        `top1_worst_group`, `top1/NAME=GROUP`, likewise top5, and `n/NAME=GROUP`.
+    """
+    scores: dict[str, float] = {}
+    for score, right_n in (("top1", found.ranks < 1), ("top5", found.ranks < 5)):
+        by_group = mean_by_group(right_n, found.metadata[:, column])
+        scores[f"{score}_worst_group"] = min(mean for mean, _ in by_group.values())
+        for group, (mean, count) in by_group.items():
+            scores[f"{score}/{name}={group}"] = mean
+            scores[f"n/{name}={group}"] = count
+    return scores
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Evaluator over a folder in CLIP_benchmark's layout."""
+    """Images of one class each: CLIP_benchmark's layout, a TFDS folder, or a folder per class.
+
+    Attributes:
+        path: that folder.
+        main: the score that stands for the set, of `MAINS`, or of `WORST` if there are groups.
+        classnames, templates: files instead of the set's own; see `names.read_names`.
+        split, label: of TFDS; or the folder between `path` and the classes'.
+        metadata: the names of the numbers in `KEY.npy`.
+        group_by: that of `metadata` which makes the groups.
+        classes, size: how many the whole set has, where it is known: less is told.
+    """
 
     name: str
     path: Path
+    main: str = "top1"
+    classnames: Path | None = None
+    templates: Path | None = None
+    split: str = "test"
+    label: str = "label"
+    metadata: tuple[str, ...] = ()
+    group_by: str = ""
+    classes: int | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the fields do not fit each other."""
+        if self.group_by and self.group_by not in self.metadata:
+            raise ValueError(f"group_by {self.group_by!r} is none of metadata {[*self.metadata]}")
+        mains = MAINS + (WORST if self.group_by else ())
+        if self.main not in mains:
+            raise ValueError(f"main {self.main!r} is not one of {', '.join(mains)}")
 
     def check(self) -> None:
         """Raises EvalDataError where the set is not all there."""
-        ClassificationFolder.open(self.path)
+        self._open()
 
     def examples(self, skips: Skips) -> Iterator[Labelled]:
-        return ClassificationFolder.open(self.path).examples(skips)
+        return self._complete(self._open(), skips)
 
     def run(self, embedder: Embedder) -> Outcome:
-        data, skips = ClassificationFolder.open(self.path), Skips()
+        skips = Skips()
+        found = self._answers(embedder, self._open(), skips)
+        items = classification_items(found)
+        scores = classification_scores(found.ranks, found.labels, len(found.classnames))
+        if self.main == "f1_macro":
+            items["f1_macro"] = f1_items(found)
+            scores["f1_macro"] = items["f1_macro"].score()
+        if self.group_by:
+            column = self.metadata.index(self.group_by)
+            scores |= group_scores(found, column, self.group_by)
+        tell_missing(self.name, found.labels, found.classnames, self.size)
+        return Outcome(scores, self.main, items, skips)
+
+    def _answers(self, embedder: Embedder, data: LabelledSet, skips: Skips) -> Answers:
         classifier_CxD = zero_shot_classifier(embedder, data.classnames, data.templates)
-        ranks, labels, keys = [], [], []
-        for examples, zimg_nxD in embedder.images(data.examples(skips), skips):
+        batches: list[tuple[np.ndarray, ...]] = []
+        for examples, zimg_nxD in embedder.images(self._complete(data, skips), skips):
+            sims_nxC = zimg_nxD @ classifier_CxD.T
             label_n = np.array([e.label for e in examples])
-            own_nxC = label_n[:, None] == np.arange(len(data.classnames))
-            labels.append(label_n)
-            keys.extend(e.source for e in examples)
-            ranks.append(first_match_ranks(zimg_nxD @ classifier_CxD.T, own_nxC))
-        if not ranks:
+            ranks = first_match_ranks(sims_nxC, label_n[:, None] == np.arange(len(classifier_CxD)))
+            keys = np.array([e.source for e in examples])
+            numbers = np.array([e.metadata if self.metadata else () for e in examples], int)
+            batches.append((keys, label_n, ranks, sims_nxC.argmax(axis=1), numbers))
+        if not batches:
             raise EvalDataError(f"{self.path} holds no images{skips}")
-        rank_n, label_n = np.concatenate(ranks), np.concatenate(labels)
-        scores = classification_scores(rank_n, label_n, len(data.classnames))
-        key_n, right_n = np.array(keys), (rank_n < 1).astype(np.float32)
-        items = {
-            "top1": Items(key_n, right_n),
-            "top5": Items(key_n, (rank_n < 5).astype(np.float32)),
-            "mean_per_class": Items(key_n, right_n, label_n),
-        }
-        return Outcome(scores, "top1", items, skips)
+        return Answers(*map(np.concatenate, zip(*batches)), data.classnames)
+
+    def _open(self) -> LabelledSet:
+        data = open_labelled(self.path, self.classnames, self.templates, self.split, self.label)
+        if self.classes and len(data.classnames) != self.classes:
+            log.warning(
+                "%s: %s has %d class names, the set has %d: scores can't be compared with others'",
+                self.name, self.path, len(data.classnames), self.classes,
+            )  # fmt: skip
+        return data
+
+    def _complete(self, data: LabelledSet, skips: Skips) -> Iterator[Labelled]:
+        """The examples that say which group they are of, where there are groups."""
+        examples = data.examples(skips)
+        return with_metadata(examples, self.metadata, skips) if self.metadata else examples
+
+
+def tell_missing(
+    name: str, label_n: np.ndarray, classnames: Sequence[str], size: int | None
+) -> None:
+    """Logs classes without images, and how many images the whole set has beside those scored."""
+    counts = np.bincount(label_n, minlength=len(classnames))
+    if empty := [classnames[c] for c in np.flatnonzero(counts == 0)]:
+        some = ", ".join(empty[:8])
+        log.warning("%s: %d of %d classes have no image: %s", name, len(empty), len(counts), some)
+    if size and len(label_n) != size:
+        log.warning("%s: scored %s images, the set has %s", name, f"{len(label_n):,}", f"{size:,}")

@@ -3,9 +3,9 @@ import tarfile
 
 import pytest
 
+from hqclip_jax.evals.classification import ClassificationFolder
 from hqclip_jax.evals.datasets import (
     Choice,
-    ClassificationFolder,
     EvalDataError,
     read_captioned,
     read_contrasted,

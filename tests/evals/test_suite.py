@@ -68,7 +68,7 @@ def test_wrong_name_lists_the_known_ones():
         ('{"sets": [{"task": "zs", "name": "a", "path": "a"}]}', "'zs' is not one of zeroshot"),
         (
             '{"sets": [{"task": "zeroshot", "name": "a", "path": "a", "images": "b"}]}',
-            "only hard_negatives take `images`, 'a' does not",
+            "'a' has unknown keys images: zeroshot must have task, name and path",
         ),
         (json.dumps({"sets": [SETS[0], SETS[0]]}), "two sets are named z"),
     ],
