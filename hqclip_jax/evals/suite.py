@@ -175,7 +175,7 @@ def _value(kind: Any, value: Any, root: Path, where: str) -> Any:
     texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
     if get_origin(kind) is tuple and texts:
         return tuple(value)
-    if isinstance(value, (str, int, float)) and isinstance(value, kind):
+    if get_origin(kind) is not tuple and isinstance(value, (str, int)) and isinstance(value, kind):
         return value
     raise SuiteError(f"{where} is {json.dumps(value)}, which should be {_said(kind)}")
 

@@ -59,11 +59,10 @@ class TfdsFolder:
         label = _only(features, tfds.features.ClassLabel, label, path)
         raw = features[label].names
         names, prompts = class_names(raw, path, classnames), templates_for(raw, path, templates)
-        wanted = tfds.decode.PartialDecoding(
-            {image: True, label: True}, decoders={image: tfds.decode.SkipDecoding()}
-        )
+        pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
+        encoded = dict.fromkeys(pictures, tfds.decode.SkipDecoding())
         try:
-            source = builder.as_data_source(split, decoders=wanted)
+            source = builder.as_data_source(split, decoders=encoded)
         except NotImplementedError as e:
             raise EvalDataError(
                 f"{path} is not ArrayRecord, all that is read without TensorFlow: prepare it with "

@@ -9,7 +9,7 @@ import numpy as np
 
 from hqclip_jax.evals.classification import LabelledSet, open_labelled, with_metadata
 from hqclip_jax.evals.datasets import EvalDataError, Labelled
-from hqclip_jax.evals.embed import Embedder
+from hqclip_jax.evals.embed import Embedder, EmbeddingError
 from hqclip_jax.evals.metrics import f1_by_class, mean_by_group, recall_by_class
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import chance_at, first_match_ranks
@@ -24,11 +24,19 @@ def zero_shot_classifier(
     embedder: Embedder, classnames: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
     """One unit vector per class, f32 [C, D]: the mean over the templates' unit vectors,
-    normalised again (OpenCLIP's rule). `{c}` in a template is the class's name."""
+    normalised again (OpenCLIP's rule). `{c}` in a template is the class's name.
+
+    Raises:
+        EmbeddingError: a mean of length 0, which would be nearest to every image.
+    """
     texts = [template.replace("{c}", name) for name in classnames for template in templates]
     z_CxTxD = embedder.texts(texts).reshape(len(classnames), len(templates), -1)
     z_CxD = z_CxTxD.mean(axis=1)
-    return z_CxD / np.linalg.norm(z_CxD, axis=1, keepdims=True)
+    length_Cx1 = np.linalg.norm(z_CxD, axis=1, keepdims=True)
+    if not length_Cx1.all():
+        dead = classnames[int(length_Cx1.argmin())]
+        raise EmbeddingError(f"the texts of class {dead!r} have no direction: is it trained?")
+    return z_CxD / length_Cx1
 
 
 @dataclass(frozen=True)
