@@ -83,7 +83,7 @@ class TfdsFolder:
 
 
 def _only(features: Any, kind: type, name: str, path: Path) -> str:
-    found = [key for key, feature in features.items() if isinstance(feature, kind)]
+    found = sorted(key for key, feature in features.items() if isinstance(feature, kind))
     if name in found:
         return name
     if len(found) != 1:
