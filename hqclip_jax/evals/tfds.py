@@ -1,7 +1,7 @@
-"""Sets that TFDS prepared as ArrayRecord, read without TensorFlow."""
+"""Sets that TFDS prepared, as ArrayRecord or TFRecord, read without TensorFlow."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def _versions(path: Path) -> list[Path]:
 class TfdsFolder:
     """`DATA_DIR/NAME/VERSION`, or `DATA_DIR/NAME` for its newest version."""
 
-    source: Any
+    read: Callable[[Skips], Iterator[dict]]
     path: str
     image: str
     label: str
@@ -44,7 +44,7 @@ class TfdsFolder:
             label: the feature that holds the class; the only one there is need not be named.
 
         Raises:
-            EvalDataError: no such split or feature, or files that only TensorFlow reads.
+            EvalDataError: no such split or feature, or files of another form.
         """
         import tensorflow_datasets as tfds
 
@@ -62,24 +62,59 @@ class TfdsFolder:
         pictures = [k for k, f in features.items() if isinstance(f, tfds.features.Image)]
         encoded = dict.fromkeys(pictures, tfds.decode.SkipDecoding())
         try:
-            source = builder.as_data_source(split, decoders=encoded)
+            read = _record_reader(builder, split, encoded)
         except NotImplementedError as e:
-            raise EvalDataError(
-                f"{path} is not ArrayRecord, all that is read without TensorFlow: prepare it with "
-                '`download_and_prepare(file_format="array_record")`, or convert it with '
-                "`python -m tensorflow_datasets.scripts.convert_format`"
-            ) from e
-        return cls(source, f"{path}:{split}", image, label, names, prompts)
+            form = builder.info.file_format
+            raise EvalDataError(f"{path} is {form}: ArrayRecord and TFRecord can be read") from e
+        return cls(read, f"{path}:{split}", image, label, names, prompts)
 
     def examples(self, skips: Skips) -> Iterator[Labelled]:
-        for i in range(len(self.source)):
-            record = self.source[i]
+        for i, record in enumerate(self.read(skips)):
             label = int(record[self.label])
             if 0 <= label < len(self.classnames):
                 yield Labelled(f"{self.path}[{i}]", record[self.image], label)
             else:  # TFDS writes -1 where a test split's labels are secret
                 reason = f"label is no class from 0 to {len(self.classnames) - 1}"
                 skips.add(reason, f"{self.path}[{i}]: {label}")
+
+
+def _record_reader(
+    builder: Any, split: str, encoded: dict[str, Any]
+) -> Callable[[Skips], Iterator[dict]]:
+    """The split's records in order, as numpy values; raises NotImplementedError for their form.
+
+    `as_data_source` reads ArrayRecord only, and TFDS needs TensorFlow for TFRecord, its default
+    form: the frames of that are read here.
+    """
+    if builder.info.file_format is not None and builder.info.file_format.value != "tfrecord":
+        source = builder.as_data_source(split, decoders=encoded)
+        return lambda skips: (source[i] for i in range(len(source)))
+    parts, features = builder.info.splits[split].file_instructions, builder.info.features
+    return lambda skips: (
+        features.deserialize_example_np(record, decoders=encoded)
+        for part in parts
+        for record in read_tfrecord(Path(part.filename), part.skip, part.skip + part.take, skips)
+    )
+
+
+def read_tfrecord(path: Path, start: int, stop: int, skips: Skips) -> Iterator[bytes]:
+    """The records `start` to `stop` of a file: each is 8 bytes of length, a checksum of 4, the
+    record, a checksum of 4. The checksums are not looked at; a file cut short is one skip."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        skips.add("file is missing", str(path))
+        return
+    with path.open("rb") as file:
+        for i in range(stop):
+            length = int.from_bytes(file.read(12)[:8], "little")
+            if not 0 < length <= size - file.tell() - 4:
+                skips.add("TFRecord is cut short or broken", f"{path} at record {i:,} of {stop:,}")
+                return
+            record = file.read(length)
+            file.seek(4, 1)
+            if i >= start:
+                yield record
 
 
 def _only(features: Any, kind: type, name: str, path: Path) -> str:

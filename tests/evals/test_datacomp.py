@@ -54,6 +54,28 @@ def test_groups(tmp_path):
     assert suite_groups("imagenet") == {}
 
 
+def test_group_means_of_a_published_model():
+    """OpenCLIP's table of the 38 sets, row of ViT-L-14 datacomp_xl_s13b_b90k, and the means that
+    DataComp's paper has for it in table 3."""
+    row = (
+        "0.7921,0.9465,0.9824,0.8736,0.3555,0.2443,0.3157,0.6649,0.7124,0.4750,0.9452,0.5853,0.6795,"
+        "0.7205,0.6959,0.3255,0.9083,0.2785,0.8661,0.7425,0.8262,0.9506,0.8247,0.5118,0.6101,0.6941,"
+        "0.9305,0.9925,0.7427,0.6769,0.8119,0.5451,0.4666,0.1614,0.5089,0.2403,0.6624,0.9152"
+    )
+    groups = suite_groups("datacomp")
+    rest = [name for name in groups["Average"] if name != "imagenet1k"]
+    scores = zip(["imagenet1k", *rest], map(float, row.split(",")), strict=True)
+    results = {name: Outcome({"main": score}, "main") for name, score in scores}
+    means = {group: mean.mean for group, mean in group_means(groups, results).items()}
+    assert means == pytest.approx(
+        {
+            "ImageNet": 0.792, "ImageNet shifts": 0.679, "VTAB": 0.652, "Retrieval": 0.608,
+            "Average": 0.663,
+        },
+        abs=5e-4,
+    )  # fmt: skip
+
+
 def test_groups_of_a_file(tmp_path):
     file = tmp_path / "mine.json"
     sets = [{"task": "zeroshot", "name": "a", "path": "a"}]

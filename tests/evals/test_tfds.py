@@ -15,6 +15,10 @@ from .colours import picture
 LABEL = tfds.features.ClassLabel
 
 
+def frame(record: bytes) -> bytes:
+    return len(record).to_bytes(8, "little") + b"head" + record + b"tail"
+
+
 def write_tfds(folder, rows, suffix="array_record", **labels):
     """`DATA_DIR/NAME/VERSION` with a split `test` of (colour, label) rows."""
     folder.mkdir(parents=True)
@@ -22,12 +26,19 @@ def write_tfds(folder, rows, suffix="array_record", **labels):
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name="colours", split="test", filetype_suffix=suffix
     )
-    writer = ArrayRecordWriter(str(folder / f"colours-test.{suffix}-00000-of-00001"))
     serializer = ExampleSerializer(features.get_serialized_info())
-    for colour, label in rows:
-        row = {"image": picture(colour), **dict.fromkeys(labels, label)}
-        writer.write(serializer.serialize_example(row))
-    writer.close()
+    records = [
+        serializer.serialize_example({"image": picture(colour), **dict.fromkeys(labels, label)})
+        for colour, label in rows
+    ]
+    file = folder / f"colours-test.{suffix}-00000-of-00001"
+    if suffix == "tfrecord":
+        file.write_bytes(b"".join(frame(record) for record in records))
+    else:
+        writer = ArrayRecordWriter(str(file))
+        for record in records:
+            writer.write(record)
+        writer.close()
     split = tfds.core.SplitInfo(
         name="test", shard_lengths=[len(rows)], num_bytes=0, filename_template=template
     )
@@ -80,8 +91,27 @@ def test_the_feature_that_holds_the_class(tmp_path):
         TfdsFolder.open(two, "test", "label", None, None)
 
 
-def test_tfrecord_is_refused_with_the_mend(tmp_path):
+def test_tfrecord_without_tensorflow(tmp_path):
+    """Records 1 to 3 of 4; then the file is cut within the last."""
+    names, rows = LABEL(names=["red", "green"]), [("red", 0), ("green", 1), ("cyan", 0), ("red", 1)]
+    folder = write_tfds(tmp_path / "1.0.0", rows, suffix="tfrecord", label=names)
+    data, skips = TfdsFolder.open(folder, "test[1:3]", "label", None, None), Skips()
+    expected = [(picture("green"), 1), (picture("cyan"), 0)]
+    assert [(e.image, e.label) for e in data.examples(skips)] == expected
+    assert not skips.total
+    data = TfdsFolder.open(folder, "test", "label", None, None)
+    (file,) = folder.glob("*.tfrecord-*")
+    file.write_bytes(file.read_bytes()[:-6])
+    assert len(list(data.examples(skips))) == 3
+    assert skips.names == {"TFRecord is cut short or broken": [f"{file} at record 3 of 4"]}
+    file.unlink()
+    assert not list(data.examples(skips))
+    assert skips.names["file is missing"] == [str(file)]
+    assert "tensorflow" not in sys.modules
+
+
+def test_other_forms_are_refused(tmp_path):
     names = LABEL(names=["red"])
-    folder = write_tfds(tmp_path / "1.0.0", [("red", 0)], suffix="tfrecord", label=names)
-    with pytest.raises(EvalDataError, match=r"is not ArrayRecord.*convert_format"):
+    folder = write_tfds(tmp_path / "1.0.0", [("red", 0)], suffix="riegeli", label=names)
+    with pytest.raises(EvalDataError, match=r"RIEGELI: ArrayRecord and TFRecord can be read"):
         ZeroShot("colours", folder).check()
