@@ -100,6 +100,13 @@ def f1_items(found: Answers) -> Items:
     return Items(keys, f1_C[seen].astype(np.float32))
 
 
+def f1_chance(label_n: np.ndarray, classes: int) -> float:
+    """The mean F1 of answers that are drawn evenly: their expected counts put into its formula."""
+    seen = np.bincount(label_n)
+    seen = seen[seen > 0]
+    return float((2 * seen / (len(label_n) + classes * seen)).mean())
+
+
 def group_scores(found: Answers, column: int, name: str) -> dict[str, float]:
     """top-1 and top-5 of each group and of the worst.
 
@@ -107,12 +114,14 @@ def group_scores(found: Answers, column: int, name: str) -> dict[str, float]:
     images, which WILDS itself leaves out.
 
     Returns:
-        `top1_worst_group`, `top1/NAME=GROUP`, likewise top5, and `n/NAME=GROUP`.
+        `top1_worst_group`, whose chance is that of any group, `top1/NAME=GROUP`, likewise top5,
+        and `n/NAME=GROUP`.
     """
     scores: dict[str, float] = {}
-    for score, right_n in (("top1", found.ranks < 1), ("top5", found.ranks < 5)):
-        by_group = mean_by_group(right_n, found.metadata[:, column])
+    for score, k in (("top1", 1), ("top5", 5)):
+        by_group = mean_by_group(found.ranks < k, found.metadata[:, column])
         scores[f"{score}_worst_group"] = min(mean for mean, _ in by_group.values())
+        scores[f"{score}_worst_group_chance"] = chance_at(k, len(found.classnames))
         for group, (mean, count) in by_group.items():
             scores[f"{score}/{name}={group}"] = mean
             scores[f"n/{name}={group}"] = count
@@ -168,6 +177,7 @@ class ZeroShot:
         if self.main == "f1_macro":
             items["f1_macro"] = f1_items(found)
             scores["f1_macro"] = items["f1_macro"].score()
+            scores["f1_macro_chance"] = f1_chance(found.labels, len(found.classnames))
         if self.group_by:
             column = self.metadata.index(self.group_by)
             scores |= group_scores(found, column, self.group_by)

@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -76,6 +77,17 @@ def test_layout_is_found_out(tmp_path):
         open_labelled(tmp_path / "nowhere")
 
 
+def test_tar_whose_names_are_no_utf8(tmp_path, embedder):
+    folder = write_classification(tmp_path, {})
+    with tarfile.open(folder / "test" / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in (("caf\udce9.png", picture("red")), ("caf\udce9.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (key,) = ZeroShot("s", folder).run(embedder).items["top1"].keys
+    assert key.encode().endswith(rb"caf\xe9")
+
+
 def test_names_from_elsewhere(tmp_path):
     folder = write_classification(tmp_path / "set", {"red": 0})
     (folder / "classnames.txt").unlink()
@@ -97,6 +109,7 @@ def test_worst_group(tmp_path, embedder):
     assert [scores[f"top1/region={g}"] for g in (0, 4, 7)] == [0.5, 1, 0]
     assert [scores[f"n/region={g}"] for g in (0, 4, 7)] == [2, 2, 1]
     assert (scores["top1_worst_group"], scores["top5_worst_group"]) == (0, 1)
+    assert [scores[f"top{k}_worst_group_chance"] for k in (1, 5)] == pytest.approx([0.2, 1])
     assert (scores["top1"], scores["n"]) == (pytest.approx(3 / 5), 5)
     by_year = ZeroShot("fmow", folder, metadata=("year", "region"), group_by="year").run(embedder)
     assert by_year.scores["top1_worst_group"] == by_year.scores["top1/year=2019"] == scores["top1"]
@@ -118,6 +131,9 @@ def test_f1_of_the_classes_with_images(tmp_path, embedder):
     rows = [("red", 0, None), ("red", 0, None), ("red", 1, None), ("blue", 0, None)]
     found = ZeroShot("i", write_grouped(tmp_path, rows), main="f1_macro").run(embedder)
     assert found.scores["f1_macro"] == pytest.approx((2 * 2 / (3 + 3) + 0) / 2)
+    # Drawn evenly from 5 classes, 4 answers: 0.8 of each; of them 0.6 and 0.2 are right.
+    by_hand = (2 * 0.6 / (3 + 0.8) + 2 * 0.2 / (1 + 0.8)) / 2
+    assert found.scores["f1_macro_chance"] == pytest.approx(by_hand)
     items = found.items["f1_macro"]
     assert items.keys.tolist() == ["0: red", "1: green"]
     assert items.score() == found.scores[found.main]

@@ -91,11 +91,13 @@ def test_groups_of_a_file(tmp_path):
 def test_sets_of_both_homes_are_found(tmp_path):
     write_classification(tmp_path / "wds_imagenet1k_test", {"red": 0})
     write_classification(tmp_path / "wds_mnist", {"red": 0})
+    (tmp_path / "winogavil_test").mkdir()
     assert load_suite("imagenet", tmp_path)[0].path.name == "wds_imagenet1k_test"
     by_name = {e.name: e for e in load_suite("datacomp", tmp_path)}
     assert by_name["mnist"].path.name == "wds_mnist"
     assert by_name["cars"].path.name == "wds_cars_test"
     by_name["mnist"].check()
+    assert by_name["winogavil"].path.name == "winogavil"
 
 
 def test_multilabel_folder_is_a_suite_of_one(tmp_path):
