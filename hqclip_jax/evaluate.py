@@ -41,7 +41,8 @@ a suite is one of
     ]}}
 {tasks_help()}
     classnames, templates  files with a line each, or FILE.json:KEY, instead of the set's own
-    split, label           of TFDS; or the folder between the path and the classes', or Karpathy's
+    split                  of TFDS or Karpathy; the folder of tars, or between path and classes
+    label                  the feature of TFDS that holds the class
     main                   the score that stands for the set in means
     metadata, group_by     names of the numbers in KEY.npy, and the one that makes the groups
     a suite may have "groups": {{"NAME": [names of sets]}}, whose means are told

@@ -52,7 +52,7 @@ def open_labelled(
 
     Args:
         classnames, templates: files instead of the set's own; see `names.read_names`.
-        split: of TFDS, or the folder between `path` and the classes' where there is one.
+        split: of TFDS; the folder of the tars; or that between `path` and the classes', if any.
         label: the feature, of TFDS.
 
     Raises:
@@ -62,9 +62,9 @@ def open_labelled(
         raise EvalDataError(f"{path} is missing")
     if is_tfds(path):
         return TfdsFolder.open(path, split, label, classnames, templates)
-    tars = (path / "test" / "nshards.txt", *path.glob("*.tar"), *path.glob("test/*.tar"))
+    tars = (path / split / "nshards.txt", *path.glob("*.tar"), *path.glob("*/*.tar"))
     if any(t.exists() for t in tars) or not any(child.is_dir() for child in path.iterdir()):
-        return ClassificationFolder.open(path, "classification", classnames, templates)
+        return ClassificationFolder.open(path, split, "classification", classnames, templates)
     return ImageFolder.open(path, split, classnames, templates)
 
 
@@ -83,6 +83,7 @@ class ClassificationFolder:
     def open(
         cls,
         folder: str | Path,
+        split: str = "test",
         kind: str = "classification",
         classnames: Path | None = None,
         templates: Path | None = None,
@@ -106,7 +107,7 @@ class ClassificationFolder:
             )
         names = read_names(classnames or folder / CLASSNAMES)
         prompts = read_templates(templates or folder / TEMPLATES)
-        return cls(names, prompts, tuple(tar_files(folder)))
+        return cls(names, prompts, tuple(tar_files(folder, split)))
 
     def examples(self, skips: Skips) -> Iterator[Labelled]:
         """`metadata` is empty where `.npy` is missing or of another form: few sets need it."""

@@ -76,7 +76,7 @@ def read_json(text: str | bytes, source: str) -> dict | list:
         raise EvalDataError(f"{source} is not JSON: {e}") from e
 
 
-def tar_files(path: str | Path) -> list[Path]:
+def tar_files(path: str | Path, split: str = "test") -> list[Path]:
     """The tars of a set: one tar, a folder of tars, or CLIP_benchmark's `test/0.tar` and on.
 
     Raises:
@@ -87,15 +87,15 @@ def tar_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise EvalDataError(f"{path} is missing")
-    count = path / "test" / "nshards.txt"
+    count = path / split / "nshards.txt"
     if not count.exists():
         if tars := sorted(path.glob("*.tar")):
             return tars
-        raise EvalDataError(f"{path} holds neither test/nshards.txt nor a .tar")
+        raise EvalDataError(f"{path} holds neither {split}/nshards.txt nor a .tar")
     text = read_text(count).strip()
     if not text.isdecimal() or int(text) == 0:
         raise EvalDataError(f"{count} holds {text[:40]!r}: write the number of tars beside it")
-    tars = [path / "test" / f"{i}.tar" for i in range(int(text))]
+    tars = [path / split / f"{i}.tar" for i in range(int(text))]
     if missing := [t.name for t in tars if not t.exists()]:
         raise EvalDataError(
             f"{count} promises {len(tars)} tars, missing beside it: {', '.join(missing[:8])}"

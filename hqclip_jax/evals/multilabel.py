@@ -46,7 +46,9 @@ class MultiLabel:
         return _outcome(np.concatenate(sims), np.concatenate(present), data.classnames, skips)
 
     def _open(self) -> ClassificationFolder:
-        return ClassificationFolder.open(self.path, "multilabel", self.classnames, self.templates)
+        return ClassificationFolder.open(
+            self.path, "test", "multilabel", self.classnames, self.templates
+        )
 
 
 def _outcome(

@@ -136,7 +136,8 @@ class ZeroShot:
         path: that folder.
         main: the score that stands for the set, of `MAINS`, or of `WORST` if there are groups.
         classnames, templates: files instead of the set's own; see `names.read_names`.
-        split, label: of TFDS; or the folder between `path` and the classes'.
+        split: of TFDS, or the folder of the tars, or that between `path` and the classes'.
+        label: the feature of TFDS that holds the class.
         metadata: the names of the numbers in `KEY.npy`.
         group_by: that of `metadata` which makes the groups.
         classes, size: how many the whole set has, where it is known: less is told.

@@ -59,7 +59,7 @@ def test_kind_of_set_must_be_the_tasks(tmp_path, content):
     ClassificationFolder.open(folder)
     if content:
         with pytest.raises(EvalDataError, match="says 'classification', this task reads 'multil"):
-            ClassificationFolder.open(folder, "multilabel")
+            ClassificationFolder.open(folder, kind="multilabel")
 
 
 def test_layout_is_found_out(tmp_path):
@@ -151,3 +151,12 @@ def test_missing_classes_and_images_are_told(tmp_path, embedder, caplog):
 def test_class_whose_texts_have_no_direction(embedder):
     with pytest.raises(EmbeddingError, match="class 'mauve' have no direction"):
         zero_shot_classifier(embedder, ["red", "mauve"], ["some {c}"])
+
+
+def test_another_split_of_tars(tmp_path):
+    folder = write_classification(tmp_path, {"red": 0})
+    (folder / "test").rename(folder / "train")
+    (example,) = open_labelled(folder, split="train").examples(Skips())
+    assert example.source == f"{folder}/train/0.tar:s0"
+    with pytest.raises(EvalDataError, match=r"neither test/nshards\.txt nor a \.tar"):
+        open_labelled(folder)
