@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import json
 import logging
 import sys
 import time
@@ -11,16 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from hqclip_jax import report
 from hqclip_jax.checkpoint import WEIGHTS, CheckpointError
 from hqclip_jax.config import ConfigError
+from hqclip_jax.evals import compare
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, EmbeddingError, Stopped
+from hqclip_jax.evals.groups import group_means
 from hqclip_jax.evals.outcome import Failure, Outcome, Result
-from hqclip_jax.evals.suite import Evaluator, SuiteError, known_suites, load_suite, tasks_help
+from hqclip_jax.evals.page import Evaluation, document
+from hqclip_jax.evals.pictures import pictures, wanted
+from hqclip_jax.evals.published import closest_scale
+from hqclip_jax.evals.results import main_scores, not_numbers, scores_of, write_results
+from hqclip_jax.evals.suite import (
+    Evaluator,
+    SuiteError,
+    known_suites,
+    load_suite,
+    suite_groups,
+    tasks_help,
+)
+from hqclip_jax.evals.tables import columns_table, results_table
 from hqclip_jax.restore import RestoredModel, restore_model
 from hqclip_jax.telemetry import setup_logging
 
@@ -41,8 +53,7 @@ a suite is one of
     ]}}
 {tasks_help()}
     classnames, templates  files with a line each, or FILE.json:KEY, instead of the set's own
-    split                  of TFDS or Karpathy; the folder of tars, or between path and classes
-    label                  the feature of TFDS that holds the class
+    split, label           of TFDS; or the folder between the path and the classes', or Karpathy's
     main                   the score that stands for the set in means
     metadata, group_by     names of the numbers in KEY.npy, and the one that makes the groups
     a suite may have "groups": {{"NAME": [names of sets]}}, whose means are told
@@ -51,6 +62,15 @@ examples
   python -m hqclip_jax.evaluate --checkpoint=runs/small --suite=imagenet --data=/data/wds
   python -m hqclip_jax.evaluate --checkpoint=runs/small --step=4000 --suite=/data/wds/wds_cars
   python -m hqclip_jax.evaluate --checkpoint=runs/demo --suite=mine.json --out=runs/demo-scores
+
+written to --out
+  results.json   all scores, DataComp's columns, what was left out and why
+  results.csv    a line for each set and score: value, chance, 95% interval, n, left out
+  items/SET.npz  the answer on each picture, by which two models are compared
+  report.html    the scores beside the paper's, classes, confusions, examples with pictures
+
+two models on the same sets
+  python -m hqclip_jax.evaluate compare runs/eval/a runs/eval/b        (see compare --help)
 
 exit status: 0 all sets scored, 1 some failed (the others' scores are there), 2 nothing was run
 """
@@ -82,7 +102,7 @@ def run_suite(
             embedder.on_embedded = functools.partial(progress.advance, bar)
             start = time.monotonic()
             try:
-                results[evaluator.name] = evaluator.run(embedder)
+                results[evaluator.name] = _finite(evaluator.run(embedder))
                 log.info("%s: done in %.1f s", evaluator.name, time.monotonic() - start)
                 _tell_skips(evaluator.name, results[evaluator.name])
             except Stopped:
@@ -99,6 +119,12 @@ def run_suite(
     return results
 
 
+def _finite(outcome: Outcome) -> Outcome:
+    if names := not_numbers(outcome):
+        raise EvalDataError(f"these scores are no numbers: {', '.join(names)}")
+    return outcome
+
+
 def _tell_skips(name: str, outcome: Outcome) -> None:
     for reason, count in outcome.skips.counts.items():
         some = ", ".join(outcome.skips.names[reason])
@@ -110,66 +136,30 @@ def failed(results: dict[str, Result]) -> list[str]:
     return [name for name, result in results.items() if isinstance(result, Failure)]
 
 
-def _queries(scores: dict[str, float], score: str) -> int:
-    """How many answers a score is the mean of; the mean of two directions has no one number."""
-    if category := score.partition("/")[2]:
-        return scores[f"n/{category}"]
-    return scores["captions" if score.startswith("image_retrieval") else "n"]
-
-
-def results_table(results: dict[str, Result]) -> Table:
-    """One row a score, in percent, with its chance level and the number of answers behind it."""
-    table = Table("set", "score", title="scores in %")
-    for column in ("value", "chance", "n"):
-        table.add_column(column, justify="right")
-    for name, result in results.items():
-        if isinstance(result, Failure):
-            table.add_row(escape(name), f"[red]{escape(result.error)}[/]", "-", "-", "-")
-            continue
-        scores = result.scores
-        for score, value in scores.items():
-            chance = scores.get(f"{score}_chance")
-            if chance is None and score != "tie_rate":
-                continue
-            table.add_row(
-                escape(name),
-                escape(score),
-                f"{100 * value:.1f}",
-                "-" if chance is None else f"{100 * chance:.1f}",
-                f"{_queries(scores, score):,}",
-            )
-        if result.skips.total:
-            table.add_row(escape(name), "[yellow]left out[/]", "", "", f"{result.skips.total:,}")
-        table.add_section()
-    return table
-
-
-def to_json(result: Result) -> dict:
-    """As it stands in `results.json`."""
-    if isinstance(result, Failure):
-        return {"error": result.error}
-    return {"main": result.main, "scores": result.scores, "left_out": result.skips.to_json()}
-
-
-def write_results(
-    out: Path, restored: RestoredModel, arguments: argparse.Namespace, results: dict[str, Result]
-) -> Path:
-    """Writes `results.json`: what was evaluated, on what, and by set its scores, its main score and
-    what was left out; or its error."""
-    whole = {
+def about(restored: RestoredModel, arguments: argparse.Namespace) -> dict:
+    """What was evaluated, on what; the head of `results.json`."""
+    return {
         "checkpoint": arguments.checkpoint,
         "step": int(restored.step),
+        "samples": int(restored.step) * restored.config.optim.batch,
         "weights": arguments.weights,
         "suite": arguments.suite,
         "data": arguments.data,
         "model": dataclasses.asdict(restored.config.model),
         "tokenizer": restored.tokenizer.name,
-        "results": {name: to_json(result) for name, result in results.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "results.json.tmp"
-    partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False))
-    return partial.replace(out / "results.json")
+
+
+def write_report(
+    out: Path, evaluation: Evaluation, evaluators: Sequence[Evaluator], console: Console
+) -> Path:
+    """Reads the sets again for the pictures that `report.html` shows, and writes it."""
+    with console.status("reading the report's pictures"):
+        for evaluator in evaluators:
+            result = evaluation.results[evaluator.name]
+            if isinstance(result, Outcome):
+                evaluation.pictures[evaluator.name] = pictures(evaluator, wanted(result))
+    return report.write(out / "report.html", document(evaluation))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,12 +173,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="folder that training wrote")
     parser.add_argument("--suite", required=True, help="known name, JSON file or folder; see below")
     parser.add_argument("--data", help="folder under which a suite's sets lie")
-    parser.add_argument("--out", help="folder for results.json [runs/eval/SUITE-STEP]")
+    parser.add_argument("--out", help="folder for what is written [runs/eval/SUITE-STEP]")
     parser.add_argument("--batch", type=int, default=256, help="images or texts a step [256]")
     parser.add_argument("--step", type=int, help="step to evaluate [the latest]")
     parser.add_argument(
         "--weights", choices=WEIGHTS, default=WEIGHTS[0],
         help="the parameters, or the average that a run with optim.ema keeps of them [%(default)s]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-report", action="store_true",
+        help="write no report.html, and so read no set a second time for its pictures",
     )  # fmt: skip
     return parser
 
@@ -209,6 +203,9 @@ def _unreadable(evaluators: Sequence[Evaluator]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if a set failed, 2 if nothing was run."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.batch < 1:
@@ -234,7 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite = Path(arguments.suite).absolute().stem
     out = Path(arguments.out or f"runs/eval/{suite}-{restored.step}")
     console.print(results_table(results))
-    log.info("written to %s", write_results(out, restored, arguments, results))
+    head = about(restored, arguments)
+    scale = closest_scale(restored.config.model.arch, head["samples"])
+    if (table := columns_table(results, scale)) is not None:
+        console.print(table)
+    for group, mean in group_means(suite_groups(arguments.suite), main_scores(results)).items():
+        log.info("mean of %s: %s", group, mean)
+    scores = {name: scores_of(r) for name, r in results.items() if isinstance(r, Outcome)}
+    log.info("written to %s", write_results(out, head, results, scores))
+    if not arguments.no_report:
+        evaluation = Evaluation(head, scale, results, scores, {})
+        log.info("written to %s", write_report(out, evaluation, evaluators, console))
     if names := failed(results):
         log.error("failed: %s", ", ".join(names))
     return 1 if names else 0

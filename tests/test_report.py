@@ -7,7 +7,7 @@ import pytest
 from hqclip_jax import report
 from hqclip_jax.report import Card, Markup, Share
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 class Reader(HTMLParser):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hqclip_jax.evals.cards import choice_cards
 from hqclip_jax.evals.datasets import (
     Contrasted,
     EvalDataError,
@@ -69,17 +70,21 @@ class HardNegatives:
         return read_sugarcrepe(self.path, self.images, skips)
 
     def run(self, embedder: Embedder) -> Outcome:
-        skips, zimg, choices, keys = Skips(), [], [], []
+        skips, zimg, choices, keys, sources = Skips(), [], [], [], []
         for examples, z in embedder.images(self.examples(skips), skips):
             zimg.append(np.repeat(z, [len(e.choices) for e in examples], axis=0))
             choices.extend(choice for e in examples for choice in e.choices)
+            sources.extend(e.source for e in examples for _ in e.choices)
             keys.extend(f"{e.source}/{i}" for e in examples for i in range(len(e.choices)))
         if not choices:
             raise EvalDataError(f"{self.path} holds no items{skips}")
         texts = [c.caption for c in choices] + [c.negative for c in choices]
         zpos, zneg = np.split(embedder.texts(texts), 2)
         # Two rounded products could differ where the texts are equal; their difference's can't.
-        margins = np.einsum("nd,nd->n", np.concatenate(zimg), zpos - zneg)
-        right = Items(np.array(keys), (margins > 0).astype(np.float32))
+        zimg = np.concatenate(zimg)
+        margins = np.einsum("nd,nd->n", zimg, zpos - zneg)
+        pictures = np.unique(sources, return_inverse=True)[1]
+        right = Items(np.array(keys), (margins > 0).astype(np.float32), clusters=pictures)
         scores = choice_scores(margins, [c.category for c in choices])
-        return Outcome(scores, "accuracy", {"accuracy": right}, skips)
+        cards = choice_cards(zimg, zpos, zneg, choices, sources, margins)
+        return Outcome(scores, "accuracy", {"accuracy": right}, skips, cards)

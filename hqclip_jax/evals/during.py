@@ -5,11 +5,10 @@ scored is told and left out, and never ends the run. A stop breaks an evaluation
 batch, on all hosts at the same one; it is made up for when the run is started again.
 """
 
-import json
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,8 +21,9 @@ from hqclip_jax.data.tokenizer import Tokenizer
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, Stopped
 from hqclip_jax.evals.outcome import Outcome, Result
+from hqclip_jax.evals.results import JSON, named_scores, scores_of, write_results
 from hqclip_jax.evals.suite import Evaluator, SuiteError, load_suite
-from hqclip_jax.evaluate import failed, run_suite, to_json
+from hqclip_jax.evaluate import failed, run_suite
 from hqclip_jax.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _everywhere(here: list[bool]) -> np.ndarray:
 
 
 class Evaluations:
-    """What is scored now and then, and where it is written: `evals/STEP/results.json`.
+    """What is scored now and then, and where it is written: `evals/STEP`, as `evaluate` would.
 
     Args:
         every: steps between two.
@@ -97,7 +97,7 @@ class Evaluations:
         The first process, which writes the results, answers for all."""
         if not step or not self.due(step):
             return False
-        missing = np.array(not self._file(step).exists())
+        missing = np.array(not (self._folder(step) / JSON).exists())
         return bool(missing if jax.process_count() == 1 else broadcast_one_to_all(missing))
 
     def run(
@@ -109,7 +109,7 @@ class Evaluations:
             stop: asked before each batch.
 
         Returns:
-            `eval/SET/SCORE` with chance levels and counts left out, for the metrics.
+            `eval/SET/SCORE`, for the metrics.
         """
         graphdef, tokenizer, mesh = self._model
         params = state.params if state.ema is None else state.ema
@@ -125,28 +125,28 @@ class Evaluations:
             self._write(step, "params" if state.ema is None else "ema", results)
         self._tell(step, results)
         return {
-            f"eval/{name}/{score}": value
+            f"eval/{name}/{score}": result.scores[score]
             for name, result in results.items()
             if isinstance(result, Outcome)
-            for score, value in _told(result).items()
+            for score in named_scores(result.scores)
         }
 
-    def _file(self, step: int) -> Path:
-        return self.workdir / FOLDER / str(step) / "results.json"
+    def _folder(self, step: int) -> Path:
+        return self.workdir / FOLDER / str(step)
 
     def _write(self, step: int, weights: str, results: dict[str, Result]) -> None:
-        file = self._file(step)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        whole: dict[str, Any] = {
+        about = {
+            "checkpoint": str(self.workdir),
             "step": step,
+            "samples": step * self.config.optim.batch,
             "weights": weights,
             "suite": self.config.evals.suites,
             "data": self.config.evals.data,
-            "results": {name: to_json(result) for name, result in results.items()},
+            "model": dataclasses.asdict(self.config.model),
+            "tokenizer": self._model[1].name,
         }
-        partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False))
-        partial.replace(file)
+        scores = {n: scores_of(r) for n, r in results.items() if isinstance(r, Outcome)}
+        write_results(self._folder(step), about, results, scores)
 
     def _tell(self, step: int, results: dict[str, Result]) -> None:
         scores = [
@@ -157,13 +157,3 @@ class Evaluations:
         log.info("step %d: %s", step, ", ".join(scores) or "nothing could be scored")
         if names := failed(results):
             log.error("step %d: could not score %s", step, ", ".join(names))
-
-
-def _told(outcome: Outcome) -> dict[str, float]:
-    """Scores that are drawn as curves: what is no count and no chance level."""
-    counts = ("n", "captions", "classes", "classes_seen")
-    return {
-        name: float(value)
-        for name, value in outcome.scores.items()
-        if not name.endswith("_chance") and name.partition("/")[0] not in counts
-    }

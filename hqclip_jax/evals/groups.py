@@ -3,50 +3,43 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hqclip_jax.evals.outcome import Outcome, Result
-
 
 @dataclass(frozen=True)
 class GroupMean:
-    """The mean of the sets' main scores.
+    """The mean over those of a group's sets that were scored.
 
     Attributes:
-        mean: over the sets that have a score; None where none has.
-        scored: how many have.
-        missing: the others. A mean with any can't be compared with a published one.
+        mean: as a share.
+        have: how many were scored.
+        of: how many the group is made of.
+        missing: the others. A mean that lacks any can't be compared with a published one.
     """
 
-    mean: float | None
-    scored: int
+    mean: float
+    have: int
+    of: int
     missing: tuple[str, ...] = ()
 
-    @property
-    def complete(self) -> bool:
-        return not self.missing
-
     def __str__(self) -> str:
-        """In percent: "57.3", or "57.3 (5 of 6: no ObjectNet)"."""
-        value = "-" if self.mean is None else f"{100 * self.mean:.1f}"
-        if self.complete:
-            return value
+        """In percent: "57.3", or "57.3 (5 of 6: no objectnet)"."""
+        if not self.missing:
+            return f"{100 * self.mean:.1f}"
         some = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
-        return f"{value} ({self.scored} of {self.scored + len(self.missing)}: no {some})"
+        return f"{100 * self.mean:.1f} ({self.have} of {self.of}: no {some})"
 
 
 def group_means(
-    groups: Mapping[str, Sequence[str]], results: Mapping[str, Result]
+    groups: Mapping[str, Sequence[str]], scores_by_set: Mapping[str, float]
 ) -> dict[str, GroupMean]:
-    """Each group's mean over its sets, all of one weight.
+    """Each group's mean over its sets, all of one weight; a group with none scored is absent.
 
     Args:
         groups: the names of each group's sets.
-        results: by the set's name. A `Failure` counts as missing.
+        scores_by_set: the main score of each set that was scored, as a share.
     """
     means = {}
     for group, names in groups.items():
-        there = {n: r for n in names if isinstance(r := results.get(n), Outcome)}
-        scores = [r.scores[r.main] for r in there.values()]
-        missing = tuple(n for n in names if n not in there)
-        mean = sum(scores) / len(scores) if scores else None
-        means[group] = GroupMean(mean, len(scores), missing)
+        if scores := [scores_by_set[n] for n in names if n in scores_by_set]:
+            missing = tuple(n for n in names if n not in scores_by_set)
+            means[group] = GroupMean(sum(scores) / len(scores), len(scores), len(names), missing)
     return means

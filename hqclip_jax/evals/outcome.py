@@ -48,11 +48,14 @@ class Items:
         keys: one per answer, unique in the set, str [n].
         values: f32 [n].
         groups: int [n] where the score is the mean over the groups' means, else None.
+        clusters: int [n] where some answers are about one picture, and so not independent; else
+            None. Resampling keeps a cluster's answers together.
     """
 
     keys: np.ndarray
     values: np.ndarray
     groups: np.ndarray | None = None
+    clusters: np.ndarray | None = None
 
     def score(self) -> float:
         if self.groups is None:
@@ -92,6 +95,22 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What each picture was taken for, of which come confusions and the accuracy by class.
+
+    Attributes:
+        names: of the classes.
+        sources: `Example.source` of each picture, str [n].
+        labels, predicted: class ids, int [n].
+    """
+
+    names: tuple[str, ...]
+    sources: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One set's result.
 
@@ -102,6 +121,7 @@ class Outcome:
         items: by the name of their score.
         skips: what was left out.
         cards: a few examples, chosen by rule and not by hand.
+        classes: of a classification, else None.
     """
 
     scores: dict[str, float]
@@ -109,6 +129,7 @@ class Outcome:
     items: dict[str, Items] = field(default_factory=dict)
     skips: Skips = field(default_factory=Skips)
     cards: tuple[Card, ...] = ()
+    classes: Classes | None = None
 
 
 @dataclass(frozen=True)

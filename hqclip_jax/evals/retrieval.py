@@ -1,11 +1,12 @@
 """Retrieval both ways between images and their captions, of which an image may have several."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hqclip_jax.evals.cards import retrieval_cards
 from hqclip_jax.evals.datasets import Captioned, EvalDataError, read_captioned, tar_files
 from hqclip_jax.evals.embed import Embedder
 from hqclip_jax.evals.folders import CaptionFile
@@ -112,6 +113,32 @@ def retrieval_scores(ways: Ways) -> dict[str, float]:
     return scores | {"n": images, "captions": captions}
 
 
+def retrieval_items(ways: Ways, owner_M: np.ndarray, sources: Sequence[str]) -> dict[str, Items]:
+    """The answers behind each recall: an image's by its source, a caption's by `SOURCE/NUMBER`.
+
+    The directions' mean is over two groups, the captions and the images. What belongs to one
+    image is one cluster. `owner_M` ascends.
+    """
+    within_M = np.arange(len(owner_M)) - np.searchsorted(owner_M, owner_M)
+    keys = {
+        "image_retrieval": np.array([f"{sources[o]}/{i}" for o, i in zip(owner_M, within_M)]),
+        "text_retrieval": np.array(sources),
+    }
+    images = np.arange(len(sources))
+    clusters = {"image_retrieval": owner_M, "text_retrieval": images}
+    both_keys = np.concatenate([keys[way] for way in ways])
+    both_clusters = np.concatenate([clusters[way] for way in ways])
+    both_groups = np.repeat([0, 1], [len(keys[way]) for way in ways])
+    items = {}
+    for k in KS:
+        found = {way: (rank_Q < k).astype(np.float32) for way, (rank_Q, _) in ways.items()}
+        for way, found_Q in found.items():
+            items[f"{way}_recall_at_{k}"] = Items(keys[way], found_Q, clusters=clusters[way])
+        both = np.concatenate([*found.values()])
+        items[f"recall_at_{k}"] = Items(both_keys, both, both_groups, both_clusters)
+    return items
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """Tars of KEY.jpg with KEY.json (caption, captions) or KEY.txt; or COCO's or Karpathy's JSON.
@@ -148,17 +175,10 @@ class Retrieval:
         if not captions:
             raise EvalDataError(f"{self.path} holds no images{skips}")
         owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
-        ztxt = embedder.texts([text for each in captions for text in each])
-        ways = retrieval_ranks(np.concatenate(zimg), ztxt, owner)
-        key_of = {
-            "text_retrieval": np.array(keys),
-            "image_retrieval": np.array(
-                [f"{k}/{i}" for k, c in zip(keys, captions) for i in range(len(c))]
-            ),
-        }
-        items = {
-            f"{way}_recall_at_{k}": Items(key_of[way], (rank_Q < k).astype(np.float32))
-            for way, (rank_Q, _) in ways.items()
-            for k in KS
-        }
-        return Outcome(retrieval_scores(ways), "recall_at_1", items, skips)
+        texts = [text for each in captions for text in each]
+        ztxt, zimg = embedder.texts(texts), np.concatenate(zimg)
+        ways = retrieval_ranks(zimg, ztxt, owner)
+        cards = retrieval_cards(zimg, ztxt, owner, keys, texts, ways)
+        return Outcome(
+            retrieval_scores(ways), "recall_at_1", retrieval_items(ways, owner, keys), skips, cards
+        )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hqclip_jax.evals.cards import NEAREST, class_cards, top_k
 from hqclip_jax.evals.classification import LabelledSet, open_labelled, with_metadata
 from hqclip_jax.evals.datasets import EvalDataError, Labelled
 from hqclip_jax.evals.embed import Embedder, EmbeddingError
 from hqclip_jax.evals.metrics import f1_by_class, mean_by_group, recall_by_class
-from hqclip_jax.evals.outcome import Items, Outcome, Skips
+from hqclip_jax.evals.outcome import Classes, Items, Outcome, Skips
 from hqclip_jax.evals.ranking import chance_at, first_match_ranks
 
 log = logging.getLogger("hqclip_jax.evals")
@@ -48,6 +49,7 @@ class Answers:
         labels: the right class, int [n].
         ranks: how many classes come before the right one, int [n].
         answers: the class that comes first, int [n].
+        nearest, cosines: the classes that come first, int [n, k] and f32 [n, k].
         metadata: what the set says beside the class, int [n, M].
         classnames: [C].
     """
@@ -56,6 +58,8 @@ class Answers:
     labels: np.ndarray
     ranks: np.ndarray
     answers: np.ndarray
+    nearest: np.ndarray
+    cosines: np.ndarray
     metadata: np.ndarray
     classnames: tuple[str, ...]
 
@@ -183,7 +187,9 @@ class ZeroShot:
             column = self.metadata.index(self.group_by)
             scores |= group_scores(found, column, self.group_by)
         tell_missing(self.name, found.labels, found.classnames, self.size)
-        return Outcome(scores, self.main, items, skips)
+        classes = Classes(found.classnames, found.keys, found.labels, found.answers)
+        cards = class_cards(classes, found.nearest, found.cosines)
+        return Outcome(scores, self.main, items, skips, cards, classes)
 
     def _answers(self, embedder: Embedder, data: LabelledSet, skips: Skips) -> Answers:
         classifier_CxD = zero_shot_classifier(embedder, data.classnames, data.templates)
@@ -194,7 +200,8 @@ class ZeroShot:
             ranks = first_match_ranks(sims_nxC, label_n[:, None] == np.arange(len(classifier_CxD)))
             keys = np.array([e.source for e in examples])
             numbers = np.array([e.metadata if self.metadata else () for e in examples], int)
-            batches.append((keys, label_n, ranks, sims_nxC.argmax(axis=1), numbers))
+            near, cosines = top_k(sims_nxC, NEAREST)
+            batches.append((keys, label_n, ranks, near[:, 0], near, cosines, numbers))
         if not batches:
             raise EvalDataError(f"{self.path} holds no images{skips}")
         return Answers(*map(np.concatenate, zip(*batches)), data.classnames)

@@ -6,7 +6,6 @@ import pytest
 
 from hqclip_jax.evals.groups import group_means
 from hqclip_jax.evals.multilabel import MultiLabel
-from hqclip_jax.evals.outcome import Outcome
 from hqclip_jax.evals.retrieval import Retrieval
 from hqclip_jax.evals.suite import (
     TASKS,
@@ -47,10 +46,10 @@ def test_groups(tmp_path):
     sizes = {"ImageNet": 1, "ImageNet shifts": 6, "VTAB": 13, "Retrieval": 3, "Average": 38}
     assert {group: len({*names}) for group, names in groups.items()} == sizes
     assert {*groups["Average"]} == {e.name for e in load_suite("datacomp", tmp_path)}
-    results = {name: Outcome({"top1": i / 100}, "top1") for i, name in enumerate(groups["Average"])}
-    means = group_means(groups, results)
+    scores = {name: i / 100 for i, name in enumerate(groups["Average"])}
+    means = group_means(groups, scores)
     assert means["Average"].mean == pytest.approx(sum(range(38)) / 38 / 100)
-    assert means["ImageNet"].mean == results["imagenet1k"].scores["top1"]
+    assert means["ImageNet"].mean == scores["imagenet1k"]
     assert suite_groups("imagenet") == {}
 
 
@@ -65,8 +64,7 @@ def test_group_means_of_a_published_model():
     groups = suite_groups("datacomp")
     rest = [name for name in groups["Average"] if name != "imagenet1k"]
     scores = zip(["imagenet1k", *rest], map(float, row.split(",")), strict=True)
-    results = {name: Outcome({"main": score}, "main") for name, score in scores}
-    means = {group: mean.mean for group, mean in group_means(groups, results).items()}
+    means = {group: mean.mean for group, mean in group_means(groups, dict(scores)).items()}
     assert means == pytest.approx(
         {
             "ImageNet": 0.792, "ImageNet shifts": 0.679, "VTAB": 0.652, "Retrieval": 0.608,

@@ -101,7 +101,7 @@ def test_a_stop_in_an_evaluation_saves_and_the_next_start_makes_it_up(
     assert not (tmp_path / "evals" / str(step)).exists()
     assert train_lib.main(command(dataset, tmp_path, suite)) == 0
     for each in (2, 4):
-        assert results(tmp_path, each) == results(unbroken, each)
+        assert results(tmp_path, each)["results"] == results(unbroken, each)["results"]
     scored = [row["step"] for row in read_metrics(tmp_path) if "eval/colours/top1" in row]
     assert scored == [2, 4]
     for a, b in zip(params(tmp_path), params(unbroken)):
