@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hqclip_jax.checkpoint import WEIGHTS, CheckpointError, Checkpoints, RunInfo
 from hqclip_jax.config import ConfigError, MeshConfig
+from hqclip_jax.evals.results import JSON, RUN_FOLDER
 from hqclip_jax.formats import open_clip, transformers
 from hqclip_jax.formats.card import IMPORTED, card
 from hqclip_jax.formats.described import FormatError
@@ -90,6 +91,7 @@ def export_checkpoint(
         count = _check_read_back(partial, to, model)
         workdir = found.checkpoints.directory.parent
         inside = sorted([*workdir.glob("results.json"), *workdir.glob("*/results.json")])
+        inside += workdir.glob(f"{RUN_FOLDER}/{found.step}/{JSON}")
         known = dict.fromkeys([*inside, *(Path(r) for r in results)])
         text = card(out.name, to, model, found, weights, count, code, list(known))
         (partial / "README.md").write_text(text, encoding="utf-8")

@@ -21,14 +21,12 @@ from hqclip_jax.data.tokenizer import Tokenizer
 from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, Stopped
 from hqclip_jax.evals.outcome import Outcome, Result
-from hqclip_jax.evals.results import JSON, named_scores, scores_of, write_results
+from hqclip_jax.evals.results import JSON, RUN_FOLDER, named_scores, scores_of, write_results
 from hqclip_jax.evals.suite import Evaluator, SuiteError, load_suite
 from hqclip_jax.evaluate import failed, run_suite
 from hqclip_jax.step import TrainState
 
 log = logging.getLogger(__name__)
-
-FOLDER = "evals"
 
 
 def evaluators_of(config: Config) -> list[Evaluator]:
@@ -132,7 +130,7 @@ class Evaluations:
         }
 
     def _folder(self, step: int) -> Path:
-        return self.workdir / FOLDER / str(step)
+        return self.workdir / RUN_FOLDER / str(step)
 
     def _write(self, step: int, weights: str, results: dict[str, Result]) -> None:
         about = {

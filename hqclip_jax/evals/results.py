@@ -17,6 +17,7 @@ from hqclip_jax.evals.outcome import Failure, Items, Outcome, Result
 from hqclip_jax.evals.published import column_means
 
 JSON, CSV, ITEMS = "results.json", "results.csv", "items"
+RUN_FOLDER = "evals"  # of a workdir: a folder of results for each step scored in training
 FIELDS = ("keys", "values", "groups", "clusters")
 
 
