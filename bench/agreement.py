@@ -18,11 +18,11 @@ from tempfile import TemporaryDirectory
 import jax
 import numpy as np
 
-from hqclip_jax.evals.compositional import HardNegatives
-from hqclip_jax.evals.datasets import read_captioned, read_sugarcrepe
+from hqclip_jax.evals.datasets import read_captioned
 from hqclip_jax.evals.embed import Embedder
 from hqclip_jax.evals.outcome import Skips
-from hqclip_jax.evals.retrieval import Retrieval
+from hqclip_jax.evals.retrieval import Retrieval, retrieval_ranks
+from hqclip_jax.evals.sugarcrepe import HardNegatives
 from hqclip_jax.evals.zeroshot import ZeroShot
 from hqclip_jax.export import export_checkpoint
 from hqclip_jax.restore import find, restore_model
@@ -97,8 +97,6 @@ def compare_zero_shot(ours: Embedder, theirs: Theirs, folder: Path) -> dict[str,
 
 def compare_retrieval(ours: Embedder, theirs: Theirs, tar: Path, scratch: Path) -> dict[str, float]:
     """Recalls at every k, which say as much as all ranks."""
-    from hqclip_jax.evals.retrieval import retrieval_ranks
-
     examples = [*read_captioned(tar, Skips())]
     _as_webdataset(scratch, [(e.image, "\n".join(e.captions)) for e in examples])
     zimg = np.concatenate([z for _, z in ours.images(examples)])
@@ -134,12 +132,13 @@ def _as_webdataset(folder: Path, samples: list[tuple[bytes, str]]) -> None:
 
 def compare_sugarcrepe(ours: Embedder, theirs: Theirs, data: Path, scratch: Path) -> dict:
     items, images = data / "sugarcrepe_ccby.json", data / "00000.tar"
-    scores = HardNegatives("crepe", items, images).run(ours).scores
+    crepe = HardNegatives("crepe", items, images)
+    scores = crepe.run(ours).scores
     by_category = defaultdict(dict)
     for i, item in enumerate(json.loads(items.read_text())):
         by_category[item["category"]][str(i)] = item
     scratch.mkdir()
-    for example in read_sugarcrepe(items, images, Skips()):
+    for example in crepe.examples(Skips()):
         stem = example.source.rpartition(":")[2]
         (scratch / stem).with_suffix(".jpg").write_bytes(example.image)
     gaps = []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hqclip_jax.evals.datasets import Choice
+from hqclip_jax.evals.datasets import Item
 from hqclip_jax.evals.outcome import Card, Cell, Classes
 
 SEED = 0
@@ -98,22 +98,31 @@ def retrieval_cards(
 
 
 def choice_cards(
-    zimg_nxD: np.ndarray,
-    zpos_nxD: np.ndarray,
-    zneg_nxD: np.ndarray,
-    choices: Sequence[Choice],
+    items: Sequence[Item],
+    rows: Sequence[Sequence[int]],
+    vectors: np.ndarray,
     sources: Sequence[str],
     margins_n: np.ndarray,
 ) -> tuple[Card, ...]:
-    """Pictures that the model finds nearer to the negative caption, or as near: a tie is wrong."""
+    """Pictures that the model finds nearer to a wrong text, or as near: a tie is wrong.
+
+    Args:
+        rows: of each item's one image, right texts and wrong texts among the vectors.
+        vectors: of unit length, f32 [N, D].
+        margins_n: the least by which a right cosine is above a wrong one.
+    """
     cards = []
     for i in pick(margins_n <= 0, FOOLED):
-        own, other = float(zimg_nxD[i] @ zpos_nxD[i]), float(zimg_nxD[i] @ zneg_nxD[i])
-        answers = (
-            Cell(choices[i].negative, similarity=other, right=False),
-            Cell(choices[i].caption, similarity=own, right=True),
-        )
-        told = [choices[i].category] if choices[i].category else []
+        item, (image, *texts) = items[i], rows[i]
+        cells = [
+            Cell(text, similarity=float(cosine), right=place < len(item.right))
+            for place, (text, cosine) in enumerate(
+                zip(item.right + item.wrong, vectors[texts] @ vectors[image])
+            )
+        ]
+        # Of equal ones the wrong one first, as it counts.
+        cells.sort(key=lambda cell: (-cell.similarity, cell.right))
+        told = [item.category] if item.category else []
         asked = Cell(", ".join([*told, f"margin {margins_n[i]:.3f}"]), sources[i])
-        cards.append(Card("Fooled by the negative", asked, answers))
+        cards.append(Card("Fooled by the negative", asked, tuple(cells[:NEAREST])))
     return tuple(cards)

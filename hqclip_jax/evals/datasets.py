@@ -1,8 +1,9 @@
 """Readers of evaluation sets, streaming from tars: images pass, labels and texts stay.
 
-Here: tars, their captions as img2dataset writes them, and hard negatives, either in such tars or
-as SugarCrepe's JSON beside the images. Classes are read by `classification`, `folders` and `tfds`,
-captions beside a folder of images by `folders`.
+Here: tars, their captions as img2dataset writes them, and tars with a hard negative beside each
+caption. Classes are read by `classification`, `folders` and `tfds`, captions beside a folder of
+images by `folders`; a fine-grained set's own layout stands in its module, and gets its images from
+`read_files`.
 
 What one image lacks is counted in `Skips` and left out; what the set lacks is an `EvalDataError`.
 """
@@ -10,11 +11,14 @@ What one image lacks is counted in `Skips` and left out; what the set lacks is a
 import json
 import re
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from PIL import Image
+
+from hqclip_jax.data.image import open_rgb
 from hqclip_jax.evals.outcome import Skips
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -32,6 +36,10 @@ class Example:
     source: str
     image: bytes
 
+    def rgb(self) -> Image.Image:
+        """What the model is to see, upright. Raises ImageError."""
+        return open_rgb(self.image)
+
 
 @dataclass(frozen=True)
 class Labelled(Example):
@@ -46,18 +54,45 @@ class Captioned(Example):
     captions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A true caption and a false one; `category` says in what they differ, if anyone said."""
+class Region(NamedTuple):
+    """A picture by the name of its file, or the part of it in a box: x, y, width and height."""
 
-    caption: str
-    negative: str
+    file: str
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question of a fine-grained set.
+
+    Attributes:
+        key: unique in the set.
+        images: one; or several, the i-th of which belongs to the i-th right text.
+        right: texts that are true of the image.
+        wrong: texts that are not.
+        category: in what right and wrong differ; "" where the set doesn't say.
+    """
+
+    key: str
+    images: tuple[Region, ...]
+    right: tuple[str, ...]
+    wrong: tuple[str, ...] = ()
     category: str = ""
 
 
 @dataclass(frozen=True)
-class Contrasted(Example):
-    choices: tuple[Choice, ...]
+class Pictured(Example):
+    """A picture and the items of which it is the first image."""
+
+    region: Region
+    items: tuple[Item, ...] = ()
+
+    def rgb(self) -> Image.Image:
+        image = super().rgb()
+        if self.region.box is None:
+            return image
+        x, y, width, height = self.region.box
+        return image.crop((x, y, x + width, y + height))
 
 
 def read_text(path: Path) -> str:
@@ -74,6 +109,11 @@ def read_json(text: str | bytes, source: str) -> dict | list:
         return json.loads(text)
     except ValueError as e:
         raise EvalDataError(f"{source} is not JSON: {e}") from e
+
+
+def load_json(path: Path) -> dict | list:
+    """Raises EvalDataError: the file is missing or no JSON."""
+    return read_json(read_text(path), str(path))
 
 
 def tar_files(path: str | Path, split: str = "test") -> list[Path]:
@@ -177,69 +217,53 @@ def read_captioned(path: str | Path, skips: Skips) -> Iterator[Captioned]:
                 yield Captioned(source, image, captions)
 
 
-def read_contrasted(path: str | Path, skips: Skips) -> Iterator[Contrasted]:
+def read_contrasted(path: str | Path, skips: Skips) -> Iterator[Pictured]:
     """Tars of `KEY.jpg` and `KEY.json` with `negative_caption` and `caption` (or `captions`, of
-    which the first is taken), and perhaps `category`."""
+    which the first is taken), and perhaps `category`.
+
+    Raises:
+        EvalDataError: a `.json` without one of the texts.
+    """
     for tar in tar_files(path):
         for source, sample in read_tar(tar, skips):
             stored = _metadata(source, sample)
             stored["caption"] = next(iter(_captions(stored)), "")
-            choice = _choice(stored, source + ".json", stored.get("category", ""))
+            right = text_of(stored, "caption", f"{source}.json")
+            wrong = text_of(stored, "negative_caption", f"{source}.json")
+            region = Region(source)
+            item = Item(source, (region,), (right,), (wrong,), stored.get("category", ""))
             if (image := image_of(source, sample, skips)) is not None:
-                yield Contrasted(source, image, (choice,))
+                yield Pictured(source, image, region, (item,))
 
 
-def read_sugarcrepe(path: str | Path, images: str | Path, skips: Skips) -> Iterator[Contrasted]:
-    """SugarCrepe's items beside the images they name.
+def text_of(item: dict, field: str, source: str) -> str:
+    """An item's text. Raises EvalDataError where it has none."""
+    text = item.get(field) if isinstance(item, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise EvalDataError(f"{source} has no `{field}`: {str(item)[:80]}")
+    return text.strip()
+
+
+def read_files(where: Path, files: Iterable[str], skips: Skips) -> Iterator[tuple[str, str, bytes]]:
+    """Yields (file, source, image) for each of the named files that is there.
 
     Args:
-        path: JSON, a list or dict of items with `filename`, `caption`, `negative_caption` and
-            perhaps `category`; or the folder of its seven files, each a category by its name.
-        images: the folder of those files, or tars whose keys are their names without suffix.
-
-    Raises:
-        EvalDataError: an item without one of the fields.
+        where: the folder of those files, or tars whose keys are their names without suffix.
+        files: paths under `where`, each once.
     """
-    path, images = Path(path), Path(images)
-    by_image: dict[str, list[Choice]] = defaultdict(list)
-    names: dict[str, str] = {}
-    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        items = read_json(read_text(file), str(file))
-        for item in items.values() if isinstance(items, dict) else items:
-            if "filename" not in item:
-                raise EvalDataError(f"{file}: an item has no `filename`: {str(item)[:80]}")
-            stem = Path(item["filename"]).stem
-            names[stem] = item["filename"]
-            by_image[stem].append(_choice(item, str(file), item.get("category", file.stem)))
-    if not names:
-        raise EvalDataError(f"{path} holds no items")
-    yield from _join(by_image, names, images, skips)
-
-
-def _join(
-    by_image: dict[str, list[Choice]], names: dict[str, str], images: Path, skips: Skips
-) -> Iterator[Contrasted]:
     missing = "an item's image is missing"
-    if images.is_dir() and not any(images.glob("*.tar")):
-        for stem, choices in by_image.items():
-            file = images / names[stem]
-            if file.exists():
-                yield Contrasted(str(file), file.read_bytes(), tuple(choices))
+    if where.is_dir() and not any(where.glob("*.tar")):
+        for file in files:
+            if (where / file).is_file():
+                yield file, str(where / file), (where / file).read_bytes()
             else:
-                skips.add(missing, str(file))
+                skips.add(missing, str(where / file))
         return
-    waiting = dict(by_image)
-    for tar in tar_files(images):
+    waiting = {Path(file).stem: file for file in files}
+    for tar in tar_files(where):
         for source, sample in read_tar(tar, skips):
-            choices = waiting.pop(Path(source).name.rpartition(":")[2], None)
-            if choices and (image := image_of(source, sample, skips)) is not None:
-                yield Contrasted(source, image, tuple(choices))
-    for stem in waiting:
-        skips.add(missing, f"{images}: {names[stem]}")
-
-
-def _choice(item: dict, source: str, category: str) -> Choice:
-    for field in ("caption", "negative_caption"):
-        if not isinstance(item.get(field), str) or not item[field].strip():
-            raise EvalDataError(f"{source} has no `{field}`: {str(item)[:80]}")
-    return Choice(item["caption"].strip(), item["negative_caption"].strip(), category)
+            file = waiting.pop(Path(source).name.rpartition(":")[2], None)
+            if file is not None and (image := image_of(source, sample, skips)) is not None:
+                yield file, source, image
+    for file in waiting.values():
+        skips.add(missing, f"{where}: {file}")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hqclip_jax.data.image import ImageError, eval_transform, open_rgb
+from hqclip_jax.data.image import ImageError, eval_transform
 from hqclip_jax.data.text import clean
 from hqclip_jax.evals.datasets import EvalDataError, Example
 from hqclip_jax.evals.outcome import Skips
@@ -90,6 +90,7 @@ class Embedder:
         self.batch = -(-batch // rows) * rows
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.mesh = mesh
         self.threads = threads or os.cpu_count()
         self.on_embedded: Callable[[int], None] | None = None
         self.stop: Callable[[], bool] = lambda: False
@@ -193,7 +194,7 @@ class Embedder:
 
     def _decode(self, example: Example) -> np.ndarray | None:
         try:
-            return eval_transform(open_rgb(example.image), self.image_size)
+            return eval_transform(example.rgb(), self.image_size)
         except ImageError as e:
             log.warning("%s: %s", example.source, e)
             return None

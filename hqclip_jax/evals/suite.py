@@ -8,14 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, get_origin
 
-from hqclip_jax.evals.compositional import HardNegatives
+from hqclip_jax.evals.aro import VGAttribution, VGRelation, WordOrder
 from hqclip_jax.evals.datasets import Example
 from hqclip_jax.evals.embed import Embedder
 from hqclip_jax.evals.faces import Faces
 from hqclip_jax.evals.multilabel import MultiLabel
 from hqclip_jax.evals.outcome import Outcome, Skips
+from hqclip_jax.evals.probe import FewShot, Probe
 from hqclip_jax.evals.retrieval import Retrieval
+from hqclip_jax.evals.sugarcrepe import HardNegatives, SugarCrepePlus
+from hqclip_jax.evals.valse import Valse
 from hqclip_jax.evals.winogavil import WinoGAViL
+from hqclip_jax.evals.winoground import Winoground
 from hqclip_jax.evals.zeroshot import ZeroShot
 
 TASKS = {
@@ -25,6 +29,14 @@ TASKS = {
     "hard_negatives": HardNegatives,
     "winogavil": WinoGAViL,
     "faces": Faces,
+    "sugarcrepe_pp": SugarCrepePlus,
+    "vg_relation": VGRelation,
+    "vg_attribution": VGAttribution,
+    "word_order": WordOrder,
+    "winoground": Winoground,
+    "valse": Valse,
+    "probe": Probe,
+    "few_shot": FewShot,
 }
 """Dataclasses of `name`, `path` and what else an entry of that task may say."""
 

@@ -2,7 +2,7 @@ import numpy as np
 
 from hqclip_jax.evals import cards
 from hqclip_jax.evals.cards import choice_cards, class_cards, pick, retrieval_cards, top_k
-from hqclip_jax.evals.datasets import Choice
+from hqclip_jax.evals.datasets import Item, Region
 from hqclip_jax.evals.outcome import Classes
 from hqclip_jax.evals.ranking import first_match_ranks
 from hqclip_jax.evals.retrieval import retrieval_ranks
@@ -73,12 +73,16 @@ def test_retrieval_cards_agree_with_the_ranks(monkeypatch):
 
 
 def test_a_tie_is_a_failure_and_a_right_choice_is_no_card():
-    choices = [Choice("own", "other", "swap"), Choice("a", "b"), Choice("c", "d")]
+    texts = [("own", "other", "swap"), ("a", "b", ""), ("c", "d", "")]
+    items = [Item(r, (Region(r),), (r,), (w,), category) for r, w, category in texts]
     zimg = np.eye(3, dtype=np.float32)
     zneg = np.array([(0.5, 0, 0), (0, 0.4, 0), (0, 0, 0.1)], np.float32)
     zpos = np.array([(0.2, 0, 0), (0, 0.4, 0), (0, 0, 0.9)], np.float32)
     margins = np.einsum("nd,nd->n", zimg, zpos - zneg)
-    found = choice_cards(zimg, zpos, zneg, choices, ["x", "y", "z"], margins)
+    found = choice_cards(
+        items, [(i, 3 + i, 6 + i) for i in range(3)], np.concatenate([zimg, zpos, zneg]),
+        ["x", "y", "z"], margins,
+    )  # fmt: skip
     told = {card.asked.source: card for card in found}
     assert [*sorted(told)] == ["x", "y"]
     assert told["x"].asked.text == "swap, margin -0.300"

@@ -1,12 +1,11 @@
-import json
-
 import numpy as np
 import pytest
 
-from hqclip_jax.evals.compositional import HardNegatives, choice_scores
-from hqclip_jax.evals.datasets import EvalDataError
+from hqclip_jax.evals.compositional import CHOICE, Compositional, choice_scores, join
+from hqclip_jax.evals.datasets import EvalDataError, Item, Region
+from hqclip_jax.evals.outcome import Skips
 
-from .colours import picture, write_tar
+from .colours import picture
 
 
 def test_scores_by_hand():
@@ -27,52 +26,78 @@ def test_items_without_a_category_are_in_no_macro():
     assert choice_scores(np.array([1.0, -1.0]), ["", "x"])["accuracy_macro"] == 0
 
 
-def hard(caption, negative, category=""):
-    return json.dumps({"caption": caption, "negative_caption": negative, "category": category})
+def item(key, images, right, wrong=(), category=""):
+    return Item(key, tuple(Region(image) for image in images), right, wrong, category)
 
 
-def test_evaluator_on_a_tar(tmp_path, embedder):
-    """One right, one wrong, and one whose texts differ only behind the two tokens kept: a tie."""
-    tar = write_tar(
-        tmp_path / "0.tar",
-        {
-            "a.png": picture("red"), "a.json": hard("a red thing", "a blue thing"),
-            "b.png": picture("green"), "b.json": hard("a blue thing", "a yellow thing"),
-            "c.png": picture("red", "blue"), "c.json": hard("red blue cyan", "red blue green"),
-        },
-    )  # fmt: skip
-    evaluator = HardNegatives("colours", tar)
-    evaluator.check()
-    outcome = evaluator.run(embedder)
-    found = outcome.scores
-    assert found["accuracy"] == pytest.approx(1 / 3)
-    assert found["tie_rate"] == pytest.approx(1 / 3)
-    assert found["n"] == 3
+@pytest.mark.parametrize("right, wrong, chance", [(1, 1, 1 / 2), (1, 4, 1 / 5), (2, 1, 1 / 3)])
+def test_chance_is_what_cosines_in_any_order_reach(right, wrong, chance):
+    asked = item("k", ["i"], ("r",) * right, ("w",) * wrong)
+    assert CHOICE.chance(asked) == pytest.approx(chance)
+    cosines = np.random.default_rng(0).random((20_000, 1 + right + wrong))
+    held = [cosines[:, b] > cosines[:, c] for _, b, c in CHOICE.comparisons(asked)]
+    assert np.all(held, axis=0).mean() == pytest.approx(chance, abs=0.015)
 
 
-def test_evaluator_on_sugarcrepes_json(tmp_path, embedder):
-    """Two items on one picture, one on another: each is scored with its own picture."""
-    tar = write_tar(tmp_path / "0.tar", {"r.png": picture("red"), "g.png": picture("green")})
-    rows = [("g.jpg", "green", "red"), ("r.jpg", "red", "green"), ("r.jpg", "blue", "yellow")]
-    items = [
-        {"filename": f, "caption": c, "negative_caption": n, "category": f[0]} for f, c, n in rows
-    ]
-    (tmp_path / "items.json").write_text(json.dumps(items))
-    evaluator = HardNegatives("colours", tmp_path / "items.json", tar)
-    evaluator.check()
-    outcome = evaluator.run(embedder)
-    found = outcome.scores
-    assert found["accuracy/g"] == 1
-    assert found["accuracy/r"] == 1 / 2
-    assert found["accuracy"] == outcome.items["accuracy"].score() == pytest.approx(2 / 3)
-    assert len({*outcome.items["accuracy"].keys}) == 3
+class InMemory(Compositional):
+    asked = (
+        item("a", ["red.png"], ("red",), ("blue", "green", "yellow")),
+        item("b", ["red.png"], ("red blue",), ("green", "red")),
+        item("c", ["blue.png"], ("blue",), ("red", "cyan")),
+        item("d", ["gone.png"], ("blue",), ("red",)),
+    )
+
+    def items(self):
+        return self.asked
 
 
-def test_missing_files(tmp_path, embedder):
-    tar = write_tar(tmp_path / "0.tar", {})
-    with pytest.raises(EvalDataError, match="holds no items"):
-        HardNegatives("empty", tar).run(embedder)
-    with pytest.raises(EvalDataError, match=r"items\.json is missing"):
-        HardNegatives("x", tmp_path / "items.json", tar).check()
-    with pytest.raises(EvalDataError, match=r"images is missing"):
-        HardNegatives("x", tar, tmp_path / "images").check()
+def test_one_right_text_among_several(tmp_path, embedder):
+    (tmp_path / "images").mkdir()
+    for colour in ("red", "blue"):
+        (tmp_path / "images" / f"{colour}.png").write_bytes(picture(colour))
+    path = tmp_path / "set.json"
+    with pytest.raises(EvalDataError, match=r"set\.json is missing"):
+        InMemory("x", path).check()
+    path.touch()
+    InMemory("x", path).check()
+    counts = []
+    embedder.on_embedded = counts.append
+    outcome = InMemory("x", path).run(embedder)
+    assert sum(counts) == 2 + 6  # each image and each text once
+    assert dict(zip(outcome.items["accuracy"].keys, outcome.items["accuracy"].values)) == {
+        "a": 1, "b": 0, "c": 1,
+    }  # fmt: skip
+    assert outcome.scores["accuracy"] == outcome.items["accuracy"].score() == pytest.approx(2 / 3)
+    assert outcome.scores["accuracy_chance"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 3) / 3)
+    assert outcome.skips.names == {
+        "an item's image is missing": [str(tmp_path / "images" / "gone.png")]
+    }
+
+
+def test_macro_is_the_mean_of_its_answers(tmp_path, embedder):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "red.png").write_bytes(picture("red"))
+
+    class Named(InMemory):
+        asked = (
+            item("a", ["red.png"], ("red",), ("blue",), "x"),
+            item("b", ["red.png"], ("blue",), ("red",), "x"),
+            item("c", ["red.png"], ("red",), ("blue",), "y"),
+            item("d", ["red.png"], ("blue",), ("red",)),
+        )
+
+    outcome = Named("x", tmp_path / "set.json").run(embedder)
+    assert outcome.scores["accuracy"] == 1 / 2
+    assert outcome.scores["accuracy_macro"] == outcome.items["accuracy_macro"].score() == 3 / 4
+    assert outcome.items["accuracy_macro"].keys.tolist() == ["a", "b", "c"]
+
+
+def test_the_model_sees_the_box(tmp_path):
+    """Of red above blue, the lower half is blue; both halves come from one reading."""
+    (tmp_path / "two.png").write_bytes(picture("red", "blue", size=(16, 16)))
+    halves = [Region("two.png", (0, y, 16, 8)) for y in (0, 8)]
+    items = [Item(str(i), (half,), ("t",)) for i, half in enumerate(halves)]
+    found = list(join(items, tmp_path, Skips()))
+    assert [e.rgb().getpixel((5, 5)) for e in found] == [(255, 0, 0), (0, 0, 255)]
+    assert [e.rgb().size for e in found] == [(16, 8)] * 2
+    assert found[1].source == f"{tmp_path}/two.png at 0,8,16,8"

@@ -5,11 +5,9 @@ import pytest
 
 from hqclip_jax.evals.classification import ClassificationFolder
 from hqclip_jax.evals.datasets import (
-    Choice,
     EvalDataError,
     read_captioned,
     read_contrasted,
-    read_sugarcrepe,
     read_tar,
     tar_files,
 )
@@ -173,60 +171,14 @@ def test_hard_negatives_in_a_tar(tmp_path):
         tmp_path / "0.tar",
         {"a.jpg": "A", "a.json": json.dumps(one), "b.png": "B", "b.json": json.dumps(two)},
     )
-    assert [(e.image, e.choices) for e in read_contrasted(tar, Skips())] == [
-        (b"A", (Choice("a dog", "a cat", "obj"),)),
-        (b"B", (Choice("a hat", "a cap", ""),)),
+    found = [(e.image, *e.items) for e in read_contrasted(tar, Skips())]
+    assert [(image, item.right, item.wrong, item.category) for image, item in found] == [
+        (b"A", ("a dog",), ("a cat",), "obj"),
+        (b"B", ("a hat",), ("a cap",), ""),
     ]
     write_tar(tar, {"a.jpg": "A", "a.json": '{"caption": "a dog"}'})
     with pytest.raises(EvalDataError, match=r"a\.json has no `negative_caption`"):
         list(read_contrasted(tar, Skips()))
-
-
-def item(name, caption="yes", negative="no", **more):
-    return {"filename": name, "caption": caption, "negative_caption": negative, **more}
-
-
-def test_sugarcrepe_joins_items_to_images_by_name(tmp_path):
-    file = tmp_path / "items.json"
-    file.write_text(json.dumps([item("b.jpg", category="x"), item("a.jpg"), item("b.jpg", "2nd")]))
-    tar = write_tar(tmp_path / "0.tar", {"a.jpg": "A", "b.jpg": "B", "unused.jpg": "C"})
-    expected = {b"A": ["yes"], b"B": ["yes", "2nd"]}
-    found = list(read_sugarcrepe(file, tar, Skips()))
-    assert {e.image: [c.caption for c in e.choices] for e in found} == expected
-    assert found[1].choices[0].category == "x"
-    assert found[0].choices[0].category == "items"
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name, content in (("a.jpg", b"A"), ("b.jpg", b"B")):
-        (folder / name).write_bytes(content)
-    found = list(read_sugarcrepe(file, folder, Skips()))
-    assert {e.image: [c.caption for c in e.choices] for e in found} == expected
-
-
-def test_sugarcrepe_folder_takes_every_file_as_a_category(tmp_path):
-    tar = write_tar(tmp_path / "images" / "0.tar", {"a.jpg": "A", "b.jpg": "B"})
-    for category, name in (("add_att", "a.jpg"), ("swap_obj", "a.jpg"), ("add_obj", "b.jpg")):
-        (tmp_path / f"{category}.json").write_text(json.dumps({"7": item(name)}))
-    found = [c.category for e in read_sugarcrepe(tmp_path, tar, Skips()) for c in e.choices]
-    assert sorted(found) == ["add_att", "add_obj", "swap_obj"]
-
-
-def test_sugarcrepe_without_its_images_or_fields(tmp_path):
-    file = tmp_path / "items.json"
-    file.write_text(json.dumps([item("a.jpg"), item("b.jpg")]))
-    tar = write_tar(tmp_path / "0.tar", {"a.jpg": "A"})
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(b"A")
-    for images, name in ((tar, f"{tar}: b.jpg"), (tmp_path / "images", f"{tmp_path}/images/b.jpg")):
-        skips = Skips()
-        assert [e.image for e in read_sugarcrepe(file, images, skips)] == [b"A"]
-        assert skips.names == {"an item's image is missing": [name]}
-    file.write_text(json.dumps([{"caption": "x"}]))
-    with pytest.raises(EvalDataError, match="has no `filename`"):
-        list(read_sugarcrepe(file, tar, Skips()))
-    file.write_text("[]")
-    with pytest.raises(EvalDataError, match="holds no items"):
-        list(read_sugarcrepe(file, tar, Skips()))
 
 
 def test_real_sets(real_data):
@@ -237,8 +189,3 @@ def test_real_sets(real_data):
     coco = list(read_captioned(real_data / "coco_ccby" / "00000.tar", Skips()))
     assert {len(e.captions) for e in coco} == {5}
     assert len(coco) == 47
-    crepe = real_data / "coco_ccby" / "sugarcrepe_ccby.json"
-    items = read_sugarcrepe(crepe, crepe.parent / "00000.tar", Skips())
-    choices = [c for e in items for c in e.choices]
-    assert len(choices) == 44
-    assert len({c.category for c in choices}) == 7

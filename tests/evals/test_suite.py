@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from hqclip_jax.evals.compositional import HardNegatives
 from hqclip_jax.evals.retrieval import Retrieval
+from hqclip_jax.evals.sugarcrepe import HardNegatives
 from hqclip_jax.evals.suite import SuiteError, known_suites, load_suite
 from hqclip_jax.evals.zeroshot import ZeroShot
 
