@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -31,6 +32,7 @@ from hqclip_jax.evals.suite import (
     load_suite,
     suite_groups,
     tasks_help,
+    unreadable,
 )
 from hqclip_jax.evals.tables import columns_table, results_table
 from hqclip_jax.restore import RestoredModel, restore_model
@@ -181,24 +183,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the parameters, or the average that a run with optim.ema keeps of them [%(default)s]",
     )  # fmt: skip
     parser.add_argument(
+        "--distributed", action="store_true",
+        help="join the other processes of a TPU pod or cluster (jax.distributed.initialize)",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-report", action="store_true",
         help="write no report.html, and so read no set a second time for its pictures",
     )  # fmt: skip
     return parser
 
 
-def _unreadable(evaluators: Sequence[Evaluator]) -> int:
-    """Lists the sets whose files are missing before any time is spent; returns how many."""
-    missing = []
-    for evaluator in evaluators:
-        try:
-            evaluator.check()
-        except EvalDataError as e:
-            missing.append(f"{evaluator.name}: {e}")
-    if missing:
-        lines = "\n  ".join(missing)
-        log.error("%d of %d sets can't be read:\n  %s", len(missing), len(evaluators), lines)
-    return len(missing)
+def _tell_unreadable(why: dict[str, str], evaluators: Sequence[Evaluator]) -> None:
+    """Before any time is spent."""
+    if why:
+        lines = "\n  ".join(f"{name}: {reason}" for name, reason in why.items())
+        log.error("%d of %d sets can't be read:\n  %s", len(why), len(evaluators), lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--batch={arguments.batch} must be above 0")
     console = setup_logging()
     try:
+        if arguments.distributed:
+            jax.distributed.initialize()
         evaluators = load_suite(arguments.suite, arguments.data)
-        if _unreadable(evaluators) == len(evaluators):
+        _tell_unreadable(why := unreadable(evaluators), evaluators)
+        if len(why) == len(evaluators):
             return 2
         restored = restore_model(arguments.checkpoint, arguments.step, arguments.weights)
     except (SuiteError, CheckpointError, ConfigError) as e:
@@ -227,7 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         restored.mesh,
         arguments.batch,
     )
-    results = run_suite(embedder, evaluators, console)
+    found = run_suite(embedder, [e for e in evaluators if e.name not in why], console)
+    results = {e.name: found.get(e.name) or Failure(why[e.name]) for e in evaluators}
+    names = failed(results)
+    if jax.process_index():
+        return 1 if names else 0  # the first process tells and writes
     suite = Path(arguments.suite).absolute().stem
     out = Path(arguments.out or f"runs/eval/{suite}-{restored.step}")
     console.print(results_table(results))
@@ -242,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_report:
         evaluation = Evaluation(head, scale, results, scores, {})
         log.info("written to %s", write_report(out, evaluation, evaluators, console))
-    if names := failed(results):
+    if names:
         log.error("failed: %s", ", ".join(names))
     return 1 if names else 0
 

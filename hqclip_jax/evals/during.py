@@ -13,16 +13,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
 from hqclip_jax.config import Config, ConfigError
 from hqclip_jax.data.tokenizer import Tokenizer
-from hqclip_jax.evals.datasets import EvalDataError
 from hqclip_jax.evals.embed import Embedder, Stopped
 from hqclip_jax.evals.outcome import Outcome, Result
 from hqclip_jax.evals.results import JSON, RUN_FOLDER, named_scores, scores_of, write_results
-from hqclip_jax.evals.suite import Evaluator, SuiteError, load_suite
+from hqclip_jax.evals.suite import Evaluator, SuiteError, load_suite, unreadable
 from hqclip_jax.evaluate import failed, run_suite
 from hqclip_jax.step import TrainState
 
@@ -44,23 +43,10 @@ def evaluators_of(config: Config) -> list[Evaluator]:
     twice = {e.name for e in found if [f.name for f in found].count(e.name) > 1}
     if twice:
         raise ConfigError(f"evals.suites has two sets named {', '.join(sorted(twice))}")
-    return [e for e, there in zip(found, _everywhere([_readable(e) for e in found])) if there]
-
-
-def _readable(evaluator: Evaluator) -> bool:
-    try:
-        evaluator.check()
-    except EvalDataError as e:
-        log.error("%s will not be evaluated: %s", evaluator.name, e)
-        return False
-    return True
-
-
-def _everywhere(here: list[bool]) -> np.ndarray:
-    """Which are true on all hosts: a host that lacks a set would leave the others waiting."""
-    if jax.process_count() == 1 or not here:
-        return np.array(here, bool)
-    return process_allgather(np.array(here)).all(axis=0)
+    why = unreadable(found)
+    for name, reason in why.items():
+        log.error("%s will not be evaluated: %s", name, reason)
+    return [e for e in found if e.name not in why]
 
 
 class Evaluations:

@@ -4,12 +4,16 @@ import dataclasses
 import difflib
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_origin
 
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
 from hqclip_jax.evals.aro import VGAttribution, VGRelation, WordOrder
-from hqclip_jax.evals.datasets import Example
+from hqclip_jax.evals.datasets import EvalDataError, Example
 from hqclip_jax.evals.embed import Embedder
 from hqclip_jax.evals.faces import Faces
 from hqclip_jax.evals.multilabel import MultiLabel
@@ -61,6 +65,25 @@ class Evaluator(Protocol):
 
     def run(self, embedder: Embedder) -> Outcome:
         """Raises `EvalDataError` where nothing can be scored."""
+
+
+def unreadable(evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    """Sets whose files are not all there, and why, by name; images are not read.
+
+    With several processes all must call it, and what one of them lacks is unreadable for all: a set
+    that only some can read would leave them waiting for the others.
+    """
+    why: dict[str, str] = {}
+    for evaluator in evaluators:
+        try:
+            evaluator.check()
+        except EvalDataError as e:
+            why[evaluator.name] = str(e)
+    if jax.process_count() > 1 and evaluators:
+        missing = process_allgather(np.array([e.name in why for e in evaluators])).any(axis=0)
+        for evaluator in (e for e, gone in zip(evaluators, missing) if gone):
+            why.setdefault(evaluator.name, "another process can't read it, and says why")
+    return why
 
 
 def known_suites() -> dict[str, dict]:
