@@ -54,6 +54,7 @@ class Group:
 
 GROUPS = (
     Group("Loss", ("loss", "loss/*"), log=True),
+    Group("Evaluation", ("eval/*",), smooth=False),
     Group("Accuracy", ("accuracy", "hni_accuracy", "tag_recall", "*accuracy*")),
     Group("Gradient norms", ("grad_norm", "grad_norm/*"), log=True),
     Group(
