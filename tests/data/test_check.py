@@ -138,7 +138,7 @@ def test_interrupt_reports_what_it_has(dataset, monkeypatch, capsys):
 
 
 def test_interrupt_ends_the_processes(dataset_of, tmp_path):
-    directory = dataset_of([make_record(1)] * 3000)
+    directory = dataset_of([make_record(1)] * 20_000)
     command = [sys.executable, "-m", "hqclip_jax.data.check", str(directory), "--workers=2"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
