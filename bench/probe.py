@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from hqclip_jax.config import MeshConfig
 from hqclip_jax.data.image import eval_transform
-from hqclip_jax.evals.datasets import ClassificationFolder
+from hqclip_jax.evals.classification import ClassificationFolder
 from hqclip_jax.evals.logistic import Regression
 from hqclip_jax.evals.outcome import Skips
 from hqclip_jax.evals.probe import best_penalty

@@ -36,9 +36,12 @@ from hqclip_jax.evals.suite import (
 )
 from hqclip_jax.evals.tables import columns_table, results_table
 from hqclip_jax.restore import RestoredModel, restore_model
+from hqclip_jax.signals import meet
 from hqclip_jax.telemetry import setup_logging
 
 log = logging.getLogger("hqclip_jax.evaluate")
+
+_LONGEST = 24 * 3600  # seconds that the other processes wait while the first one reports
 
 EXAMPLES = f"""
 a suite is one of
@@ -104,6 +107,8 @@ def run_suite(
             embedder.on_embedded = functools.partial(progress.advance, bar)
             start = time.monotonic()
             try:
+                if jax.process_count() > 1 and (why := unreadable([evaluator])):
+                    raise EvalDataError(why[evaluator.name])  # on all, where one of them lost it
                 results[evaluator.name] = _finite(evaluator.run(embedder))
                 log.info("%s: done in %.1f s", evaluator.name, time.monotonic() - start)
                 _tell_skips(evaluator.name, results[evaluator.name])
@@ -175,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="folder that training wrote")
     parser.add_argument("--suite", required=True, help="known name, JSON file or folder; see below")
     parser.add_argument("--data", help="folder under which a suite's sets lie")
-    parser.add_argument("--out", help="folder for what is written [runs/eval/SUITE-STEP]")
+    parser.add_argument("--out", help="folder for what is written [runs/eval/RUN-SUITE-STEP]")
     parser.add_argument("--batch", type=int, default=256, help="images or texts a step [256]")
     parser.add_argument("--step", type=int, help="step to evaluate [the latest]")
     parser.add_argument(
@@ -198,6 +203,30 @@ def _tell_unreadable(why: dict[str, str], evaluators: Sequence[Evaluator]) -> No
     if why:
         lines = "\n  ".join(f"{name}: {reason}" for name, reason in why.items())
         log.error("%d of %d sets can't be read:\n  %s", len(why), len(evaluators), lines)
+
+
+def tell_and_write(
+    restored: RestoredModel,
+    arguments: argparse.Namespace,
+    evaluators: Sequence[Evaluator],
+    results: dict[str, Result],
+    console: Console,
+) -> None:
+    """The tables, the files, and the report."""
+    suite, run = Path(arguments.suite).absolute().stem, Path(arguments.checkpoint).absolute().name
+    out = Path(arguments.out or f"runs/eval/{run}-{suite}-{restored.step}")
+    console.print(results_table(results))
+    head = about(restored, arguments)
+    scale = closest_scale(restored.config.model.arch, head["samples"])
+    if (table := columns_table(results, scale)) is not None:
+        console.print(table)
+    for group, mean in group_means(suite_groups(arguments.suite), main_scores(results)).items():
+        log.info("mean of %s: %s", group, mean)
+    scores = {name: scores_of(r) for name, r in results.items() if isinstance(r, Outcome)}
+    log.info("written to %s", write_results(out, head, results, scores))
+    if not arguments.no_report:
+        evaluation = Evaluation(head, scale, results, scores, {})
+        log.info("written to %s", write_report(out, evaluation, evaluators, console))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,24 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = run_suite(embedder, [e for e in evaluators if e.name not in why], console)
     results = {e.name: found.get(e.name) or Failure(why[e.name]) for e in evaluators}
     names = failed(results)
-    if jax.process_index():
-        return 1 if names else 0  # the first process tells and writes
-    suite = Path(arguments.suite).absolute().stem
-    out = Path(arguments.out or f"runs/eval/{suite}-{restored.step}")
-    console.print(results_table(results))
-    head = about(restored, arguments)
-    scale = closest_scale(restored.config.model.arch, head["samples"])
-    if (table := columns_table(results, scale)) is not None:
-        console.print(table)
-    for group, mean in group_means(suite_groups(arguments.suite), main_scores(results)).items():
-        log.info("mean of %s: %s", group, mean)
-    scores = {name: scores_of(r) for name, r in results.items() if isinstance(r, Outcome)}
-    log.info("written to %s", write_results(out, head, results, scores))
-    if not arguments.no_report:
-        evaluation = Evaluation(head, scale, results, scores, {})
-        log.info("written to %s", write_report(out, evaluation, evaluators, console))
+    if jax.process_index() == 0:
+        tell_and_write(restored, arguments, evaluators, results, console)
     if names:
         log.error("failed: %s", ", ".join(names))
+    meet("evaluated", _LONGEST)  # a process that ended would take the first one with it
     return 1 if names else 0
 
 

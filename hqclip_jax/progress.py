@@ -246,7 +246,9 @@ class Report:
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Writes an evaluation's."""
         if self.writer:
-            self.writer.write(step, scores)
+            seconds = sum(self.goodput.seconds.values())
+            at = {"samples": step * self.config.optim.batch, "seconds": seconds}
+            self.writer.write(step, scores | at)
 
     def _clock(self) -> tuple[float, float]:
         """Seconds that training took, and those of them that it waited for data."""

@@ -12,6 +12,8 @@ import pytest
 from hqclip_jax import evaluate, export, train
 from hqclip_jax.checkpoint import FOLDER, CheckpointError, Checkpoints, RunInfo
 from hqclip_jax.config import OptimConfig
+from hqclip_jax.evals.outcome import Failure, Outcome
+from hqclip_jax.evals.results import write_results
 from hqclip_jax.formats.described import FormatError
 from hqclip_jax.formats.model import Model
 from hqclip_jax.formats.open_clip import WEIGHTS
@@ -92,12 +94,12 @@ def test_it_may_be_exported_again_and_says_where_it_is_from(run, tmp_path):
 def test_the_card_tells_what_is_known(run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     rows = [{"step": s, "time": 1.0, "loss": 1 / s, "lr": 1.0} for s in (2, 4, 9)]
+    rows.insert(2, {"step": 4, "time": 1.0, "eval/set/top1": 0.1})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = {"top1": 0.5, "top1_chance": 0.2, "n": 5}
-    sets = {"a|b": scores, "<script>": scores, "broken": {"error": "x"}}
-    stored = {"step": 5, "results": sets}
-    (workdir / "eval").mkdir()
-    (workdir / "eval" / "results.json").write_text(json.dumps(stored))
+    sets = {n: Outcome(scores, "top1") for n in ("a|b", "<script>")} | {"broken": Failure("x")}
+    written = write_results(workdir / "evals" / "5", {"step": 5}, sets, {n: [] for n in sets})
+    stored = json.loads(written.read_text())
     (tmp_path / "more.json").write_text(json.dumps(stored | {"step": 3}))
     out = tmp_path / "out"
     assert command(f"--checkpoint={workdir}", "--to=open_clip", f"--out={out}",

@@ -49,7 +49,7 @@ itself. Intervals are of each row alone: of twenty rows without any difference o
 It speaks of these pictures and these two checkpoints: another seed of training moves scores too.
 
 examples
-  python -m hqclip_jax.evaluate compare runs/eval/imagenet-4000 runs/eval/imagenet-8000
+  python -m hqclip_jax.evaluate compare runs/eval/large-imagenet-4000 runs/eval/large-imagenet-8000
   python -m hqclip_jax.evaluate compare base with-data with-losses --all --out=runs/compared
   python -m hqclip_jax.evaluate compare a b --pictures --data=/data/wds
 

@@ -101,10 +101,15 @@ def pair(a: Items, b: Items) -> Paired:
     at_a = np.sort(at_a)
     left, right = _at(a, at_a), _at(b, at_b)
     if (left.groups is None) != (right.groups is None) or (
-        left.groups is not None and not np.array_equal(left.groups, right.groups)
+        left.groups is not None and not _same_groups(left.groups, right.groups)
     ):
         raise ResultsError("the same keys are of other classes in the two: is this the same set?")
     return Paired(left, right, len(a.keys) - len(at_a), len(b.keys) - len(at_b), relative)
+
+
+def _same_groups(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whatever their numbers: a group that one of the two lacks shifts those behind it."""
+    return np.array_equal(*(np.unique(x, return_inverse=True)[1] for x in (a, b)))
 
 
 def _at(items: Items, places: np.ndarray) -> Items:

@@ -160,12 +160,15 @@ class Compositional:
         return join(self.items(), self.where, skips)
 
     def run(self, embedder: Embedder) -> Outcome:
-        skips, zimg, found, sources = Skips(), [], [], {}
+        skips, zimg, found = Skips(), [], []
+        sources: list[str] = []  # of the rows of `zimg`; a picture may come more than once
+        row_of: dict[Region | str, int] = {}
         for examples, z in embedder.images(self.examples(skips), skips):
-            sources |= {e.region: e.source for e in examples}
-            found.extend(item for e in examples for item in e.items)
+            for example in examples:
+                row_of[example.region] = len(sources)
+                sources.append(example.source)
+                found.extend(example.items)
             zimg.append(z)
-        row_of = {region: row for row, region in enumerate(sources)}
         items = [item for item in found if row_of.keys() >= {*item.images}]
         for item in found:
             if not row_of.keys() >= {*item.images}:
@@ -176,7 +179,7 @@ class Compositional:
         vectors = np.concatenate([*zimg, embedder.texts(texts)])
         row_of |= {text: len(sources) + i for i, text in enumerate(texts)}
         rows = [[row_of[x] for x in item.images + item.right + item.wrong] for item in items]
-        shown = [sources[item.images[0]] for item in items]
+        shown = [sources[row[0]] for row in rows]
         return self._outcome(items, rows, vectors, shown, skips)
 
     def _outcome(

@@ -11,6 +11,7 @@ What one image lacks is counted in `Skips` and left out; what the set lacks is a
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,11 +260,15 @@ def read_files(where: Path, files: Iterable[str], skips: Skips) -> Iterator[tupl
             else:
                 skips.add(missing, str(where / file))
         return
-    waiting = {Path(file).stem: file for file in files}
+    waiting = {str(Path(file).with_suffix("")): file for file in files}
+    stems = Counter(Path(key).name for key in waiting)
+    # A tar may lie flat, or in other folders, as long as the names alone tell the files apart.
+    by_stem = {Path(key).name: key for key in waiting if stems[Path(key).name] == 1}
     for tar in tar_files(where):
         for source, sample in read_tar(tar, skips):
-            file = waiting.pop(Path(source).name.rpartition(":")[2], None)
-            if file is not None and (image := image_of(source, sample, skips)) is not None:
-                yield file, source, image
+            key = source.removeprefix(f"{tar}:")
+            key = key if key in waiting else by_stem.get(Path(key).name, "")
+            if key in waiting and (image := image_of(source, sample, skips)) is not None:
+                yield waiting.pop(key), source, image
     for file in waiting.values():
         skips.add(missing, f"{where}: {file}")

@@ -3,18 +3,19 @@
 import functools
 import logging
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hqclip_jax.data.image import ImageError, eval_transform
+from hqclip_jax.data.image import eval_transform
 from hqclip_jax.data.text import clean
 from hqclip_jax.evals.datasets import EvalDataError, Example
 from hqclip_jax.evals.outcome import Skips
@@ -23,10 +24,20 @@ from hqclip_jax.sharding import BATCH_AXES, batch_sharding, replicated
 log = logging.getLogger("hqclip_jax.evals")
 
 AHEAD = 2  # batches that are decoded while the device works on another
-_DROP, _USE, _STOP, _FAIL = range(4)  # what a host says of each of its rows
+_GO, _STOP, _FAIL = range(3)  # what a host tells the others with each batch
 
 E = TypeVar("E", bound=Example)
 T = TypeVar("T")
+
+
+class _Ready(NamedTuple):
+    """A batch on its way to the devices, and what this host tells the others with it."""
+
+    items: list
+    rows: np.ndarray  # [n, ...]
+    used_b: np.ndarray | None = None  # bool [batch]: False where an item of ours is of no use
+    signal: int = _GO
+    digest: int = 0  # of the items' names
 
 
 class EmbeddingError(RuntimeError):
@@ -42,13 +53,13 @@ def _encoders(graphdef: nnx.GraphDef, mesh: Mesh) -> tuple[Callable, Callable]:
     """Jitted once per architecture and mesh, however many embedders training makes.
 
     The result is replicated, so that every host of a pod can read all of it: the embeddings, and
-    what each host said of its rows.
+    what each host told with the batch.
     """
 
     def encode(method: str) -> Callable:
-        def apply(params: Any, batch: jax.Array, said_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def apply(params: Any, batch: jax.Array, told: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return getattr(nnx.merge(graphdef, params), method)(batch), said_b
+                return getattr(nnx.merge(graphdef, params), method)(batch), told
 
         return jax.jit(apply, out_shardings=replicated(mesh))
 
@@ -95,8 +106,13 @@ class Embedder:
         self.on_embedded: Callable[[int], None] | None = None
         self.stop: Callable[[], bool] = lambda: False
         self._sharding = batch_sharding(mesh)
-        own = self._sharding.addressable_devices_indices_map((self.batch,)).values()
-        self._own = {row for (rows,) in own for row in range(self.batch)[rows]}
+        # A row of what is told for each device, as in `signals.send`: hosts beside each other along
+        # `tensor` hold the same images, and may have different things to tell.
+        self._told_sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        rows_of = self._sharding.devices_indices_map((self.batch,))
+        self._rows = np.array([np.arange(self.batch)[rows_of[d]] for d in mesh.devices.flat])
+        here = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+        self._own = set(self._rows[here].flat)
         self._encode_image, self._encode_text = _encoders(graphdef, mesh)
         on_mesh = set(mesh.devices.flat)
         self._params = jax.tree.map(
@@ -123,16 +139,14 @@ class Embedder:
         """
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for batch, z_nxD, said_n in self._stream(
-                    self._decoded(examples, pool), self._encode_image
-                ):
-                    for example in (e for e, said in zip(batch, said_n) if said == _DROP):
+                decoded = self._decoded(examples, pool)
+                for batch, z_nxD, used_n in self._stream(decoded, self._encode_image):
+                    for example in (e for e, used in zip(batch, used_n) if not used):
                         if skips is None:
                             raise EvalDataError(f"{example.source} does not decode: fetch it again")
                         skips.add("image does not decode", example.source)
-                    used = [e for e, said in zip(batch, said_n) if said == _USE]
-                    if used:
-                        yield used, z_nxD[said_n == _USE]
+                    if used_n.any():
+                        yield [e for e, used in zip(batch, used_n) if used], z_nxD[used_n]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -144,16 +158,11 @@ class Embedder:
         """
         tokens = np.asarray(self.tokenizer([clean(text) for text in texts]))
         unique, index = np.unique(tokens, axis=0, return_inverse=True)
-        rows = (
-            (batch, np.stack(batch), np.full(len(batch), _USE, np.int8))
-            for batch in _batched(unique, self.batch)
-        )
+        rows = (_Ready(batch, np.stack(batch)) for batch in _batched(unique, self.batch))
         z = np.concatenate([z for _, z, _ in self._stream(rows, self._encode_text)])
         return z[index.reshape(-1)]
 
-    def _decoded(
-        self, examples: Iterable[E], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[list[E], np.ndarray, np.ndarray]]:
+    def _decoded(self, examples: Iterable[E], pool: ThreadPoolExecutor) -> Iterator["_Ready"]:
         waiting: deque = deque()
         batches, failure = _batched(examples, self.batch), None
         while not failure:
@@ -173,68 +182,92 @@ class Embedder:
         if jax.process_count() > 1:
             # A host that fails alone has to tell the others, which would wait for its rows. They
             # hear of it one batch late, so that everywhere two more follow the last one.
-            said = np.full(self.batch, _FAIL if failure else _DROP, np.int8)
             for _ in range(2):
-                yield [], self._collected([], [], [])[1], said
+                last = self._collected([], [], [])
+                yield last._replace(signal=_FAIL if failure else _GO)
         if failure:
             raise failure
 
-    def _collected(
-        self, batch: list[E], own: list[int], futures: list[Future]
-    ) -> tuple[list[E], np.ndarray, np.ndarray]:
+    def _collected(self, batch: list[E], own: list[int], futures: list[Future]) -> "_Ready":
         pixels = np.zeros((len(batch), self.image_size, self.image_size, 3), np.uint8)
-        said_n = np.full(len(batch), _USE, np.int8)
+        used_b = np.ones(self.batch, bool)
         for row, future in zip(own, futures):
             decoded = future.result()
             if decoded is None:
-                said_n[row] = _DROP
+                used_b[row] = False
             else:
                 pixels[row] = decoded
-        return batch, pixels, said_n
+        names = "\n".join(example.source for example in batch)
+        return _Ready(batch, pixels, used_b, digest=zlib.crc32(names.encode()) >> 1)
 
     def _decode(self, example: Example) -> np.ndarray | None:
         try:
             return eval_transform(example.rgb(), self.image_size)
-        except ImageError as e:
+        except Exception as e:  # Pillow's own too: what one picture has must not end a host alone
             log.warning("%s: %s", example.source, e)
             return None
 
     def _stream(
-        self, batches: Iterable[tuple[list[T], np.ndarray, np.ndarray]], encode: Callable
-    ) -> Iterator[tuple[list[T], np.ndarray, np.ndarray]]:
-        """Encodes each batch while the one before it is fetched, so that the device never waits."""
+        self, batches: Iterable["_Ready"], encode: Callable
+    ) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
+        """Encodes each batch while the one before it is fetched, so that the device never waits.
+
+        Yields:
+            the items, their embeddings f32 [n, D], and which were whole, bool [n].
+        """
         before = None
-        for items, rows, said_n in batches:
-            said_n = np.full(self.batch, _STOP, np.int8) if self.stop() else said_n
-            now = items, *encode(self._params, self._put(rows), self._put(said_n))
+        for ready in batches:
+            ready = ready._replace(signal=_STOP) if self.stop() else ready
+            rows = np.zeros((self.batch, *ready.rows.shape[1:]), ready.rows.dtype)
+            rows[: len(ready.rows)] = ready.rows
+            sent = (
+                self._put(rows, self._sharding),
+                self._put(self._tell(ready), self._told_sharding),
+            )
+            now = ready, *encode(self._params, *sent)
             if before:
                 yield self._fetch(*before)
             before = now
         if before:
             yield self._fetch(*before)
 
-    def _put(self, rows: np.ndarray) -> jax.Array:
-        """Pads with zeros to the one shape that was compiled, and splits over the mesh."""
-        padded = np.zeros((self.batch, *rows.shape[1:]), rows.dtype)
-        padded[: len(rows)] = rows
+    def _tell(self, ready: "_Ready") -> np.ndarray:
+        """int32 [devices, 2 + rows of a device]: the signal, which batch it is, what was whole."""
+        told = np.ones((len(self._rows), 2 + self._rows.shape[1]), np.int32)
+        told[:, 0], told[:, 1] = ready.signal, ready.digest
+        if ready.used_b is not None:
+            told[:, 2:] = ready.used_b[self._rows]
+        return told
+
+    def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         with jax.transfer_guard_host_to_device("allow"):  # JAX counts this form as implicit
-            return jax.make_array_from_callback(padded.shape, self._sharding, lambda i: padded[i])
+            return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
     def _fetch(
-        self, items: list[T], z_bxD: jax.Array, said_b: jax.Array
-    ) -> tuple[list[T], np.ndarray, np.ndarray]:
-        z_bxD, said_b = jax.device_get((z_bxD, said_b))
-        if (said_b == _STOP).any():
+        self, ready: "_Ready", z_bxD: jax.Array, told: jax.Array
+    ) -> tuple[list, np.ndarray, np.ndarray]:
+        """What it raises it raises on all hosts, but a failure's own on the host that failed."""
+        z_bxD, told = jax.device_get((z_bxD, told))
+        if (told[:, 0] == _STOP).any():
             raise Stopped("the evaluation was asked to stop")
-        if (said_b == _FAIL).any() and not (said_b[sorted(self._own)] == _FAIL).any():
+        if (told[:, 0] == _FAIL).any() and ready.signal != _FAIL:
             raise EvalDataError("another host could not read the set, and says why")
-        z_nxD, said_n = z_bxD[: len(items)], said_b[: len(items)]
-        if not np.isfinite(z_nxD[said_n == _USE]).all():
+        if (told[:, 0] == _GO).all() and len({*told[:, 1].tolist()}) > 1:
+            raise EvalDataError(
+                "the hosts read different pictures: give all of them the same files (the first "
+                f"here is {ready.items[0].source if ready.items else 'none, it has ended'})"
+            )
+        used_b = np.ones(self.batch, bool)
+        for rows, used in zip(self._rows, told[:, 2:]):
+            used_b[rows] &= used.astype(bool)
+        count = len(ready.items)
+        z_nxD, used_n = z_bxD[:count], used_b[:count]
+        if not np.isfinite(z_nxD[used_n]).all():
             # NaN compares as smaller than anything: it would score, and score well.
             raise EmbeddingError("embeddings are not finite: the checkpoint has diverged")
         if self.on_embedded:
-            self.on_embedded(len(items))
-        return items, z_nxD, said_n
+            self.on_embedded(count)
+        return ready.items, z_nxD, used_n
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -122,6 +122,7 @@ class Outcome:
         skips: what was left out.
         cards: a few examples, chosen by rule and not by hand.
         classes: of a classification, else None.
+        settings: what was chosen on the way and is no score, such as a probe's penalty.
     """
 
     scores: dict[str, float]
@@ -130,6 +131,7 @@ class Outcome:
     skips: Skips = field(default_factory=Skips)
     cards: tuple[Card, ...] = ()
     classes: Classes | None = None
+    settings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hqclip_jax.evals.embed import Embedder
 from hqclip_jax.evals.logistic import Classifier, Regression
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import first_match_ranks
+from hqclip_jax.evals.tfds import is_tfds
 from hqclip_jax.evals.zeroshot import classification_scores
 
 log = logging.getLogger("hqclip_jax.evals")
@@ -129,12 +130,21 @@ class _Trained:
         self._classes()
 
     def _classes(self) -> int:
-        """How many there are, the same in both splits: a class's number is its place in them."""
-        train, test = (open_labelled(self.path, split=s).classnames for s in ("train", "test"))
-        if train != test:
-            other = sorted({*train} ^ {*test})[:8]
-            raise EvalDataError(f"{self.path}: train and test have other classes: {other}")
+        """How many there are, the same in all splits: a class's number is its place in them."""
+        splits = ["train", "test", *["val"] * self._has_val()]
+        for split in splits:
+            # Without it the reader would take the whole folder, and test on what it trained on.
+            if not is_tfds(self.path) and not (self.path / split).is_dir():
+                raise EvalDataError(f"{self.path / split} is missing: a probe needs train and test")
+        train, *others = (open_labelled(self.path, split=s).classnames for s in splits)
+        for split, names in zip(splits[1:], others):
+            if names != train:
+                other = sorted({*train} ^ {*names})[:8]
+                raise EvalDataError(f"{self.path}: train and {split} have other classes: {other}")
         return len(train)
+
+    def _has_val(self) -> bool:
+        return (self.path / "val").is_dir()
 
     def examples(self, skips: Skips) -> Iterator[Labelled]:
         return open_labelled(self.path, split="test").examples(skips)
@@ -154,7 +164,7 @@ class Probe(_Trained):
     def run(self, embedder: Embedder) -> Outcome:
         skips = Skips()
         train, test, classes = self._splits(embedder, skips)
-        if (self.path / "val").is_dir():
+        if self._has_val():
             validation = embed_split(embedder, self.path, "val", skips)
         else:
             mask_n = held_out(train.label_n)
@@ -168,15 +178,15 @@ class Probe(_Trained):
         own_nxC = test.label_n[:, None] == np.arange(classes)
         rank_n = first_match_ranks(classifier.logits(test.z_nxD), own_nxC)
         scores = classification_scores(rank_n, test.label_n, classes)
-        scores |= {"n_train": len(train.keys) + len(validation.keys), "penalty": penalty}
-        scores["gradient"] = classifier.gradient
+        scores["n_train"] = len(train.keys) + len(validation.keys)
+        settings = {"penalty": penalty, "gradient": classifier.gradient}
         keys, right_n = np.array(test.keys), (rank_n < 1).astype(np.float32)
         items = {
             "top1": Items(keys, right_n),
             "top5": Items(keys, (rank_n < 5).astype(np.float32)),
             "mean_per_class": Items(keys, right_n, test.label_n),
         }
-        return Outcome(scores, "top1", items, skips)
+        return Outcome(scores, "top1", items, skips, settings=settings)
 
 
 class FewShot(_Trained):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hqclip_jax.evals.bootstrap import interval, wilson
+from hqclip_jax.evals.bootstrap import interval
 from hqclip_jax.evals.outcome import Failure, Items, Outcome, Result
 from hqclip_jax.evals.published import column_means
 
@@ -62,15 +62,13 @@ def named_scores(scores: Mapping[str, float]) -> list[str]:
 
 
 def scores_of(outcome: Outcome) -> list[Score]:
-    """Every score with its interval: of its answers, or of a category's share."""
+    """Every score, with its interval where the answers behind it are kept."""
     found = []
     for name in named_scores(outcome.scores):
         value, n = outcome.scores[name], queries(outcome, name)
         ends = None
         if name in outcome.items and len(outcome.items[name].values):
             ends = interval(outcome.items[name])
-        elif "/" in name and n and 0 <= value <= 1:
-            ends = wilson(value, n)
         low, high = (ends.low, ends.high) if ends else (None, None)
         chance = outcome.scores.get(f"{name}_chance")
         found.append(Score(name, name == outcome.main, value, chance, low, high, n))
@@ -95,7 +93,8 @@ def to_json(result: Result) -> dict:
     """As it stands in `results.json`."""
     if isinstance(result, Failure):
         return {"error": result.error}
-    return {"main": result.main, "scores": result.scores, "left_out": result.skips.to_json()}
+    told = {"main": result.main, "scores": result.scores, "left_out": result.skips.to_json()}
+    return told | ({"settings": result.settings} if result.settings else {})
 
 
 def write_results(

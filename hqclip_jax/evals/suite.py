@@ -79,6 +79,8 @@ def unreadable(evaluators: Sequence[Evaluator]) -> dict[str, str]:
             evaluator.check()
         except EvalDataError as e:
             why[evaluator.name] = str(e)
+        except Exception as e:  # a damaged file may raise anything, and ends this set alone
+            why[evaluator.name] = f"{type(e).__name__}: {e}"
     if jax.process_count() > 1 and evaluators:
         missing = process_allgather(np.array([e.name in why for e in evaluators])).any(axis=0)
         for evaluator in (e for e, gone in zip(evaluators, missing) if gone):

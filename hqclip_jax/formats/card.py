@@ -118,7 +118,8 @@ def _training(found: Found) -> str:
 def _last_metrics(workdir: Path, step: int) -> dict[str, str]:
     if not (workdir / METRICS_FILE).is_file():
         return {}
-    rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+    # An evaluation's rows have only scores of their own.
+    rows = [row for row in read_metrics(workdir) if row["step"] <= step and "loss" in row]
     last = rows[-1] if rows else {}
     return {
         f"{name}, last reported": f"{last[name]:.4g}"
@@ -134,7 +135,8 @@ def _results(paths: Sequence[Path], step: int) -> list[str]:
         stored = read_json(path)
         try:
             of = "" if stored["step"] == step else f" (step {stored['step']:,})"
-            for name, scores in stored["results"].items():
+            for name, result in stored["results"].items():
+                scores = {} if "error" in result else result["scores"]
                 rows += [
                     (f"{name}{of}", score, f"{100 * value:.1f}", f"{100 * chance:.1f}")
                     for score, value in scores.items()

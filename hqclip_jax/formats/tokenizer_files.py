@@ -13,6 +13,7 @@ from hqclip_jax.data.tokenizer import (
     WordPieceTokenizer,
 )
 from hqclip_jax.formats.described import FormatError
+from hqclip_jax.formats.folder import read_json
 
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -151,14 +152,14 @@ def read_wordpiece(folder: Path, context_length: int, vocab_size: int) -> WordPi
         FormatError: neither is there, or it does not lower-case.
     """
     config_path = folder / "tokenizer_config.json"
-    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    config = read_json(config_path) if config_path.is_file() else {}
     if config.get("do_lower_case") is False or config.get("strip_accents") is False:
         raise FormatError(f"{config_path}: texts are lower-cased and lose their accents here")
     try:
         if (folder / "vocab.txt").is_file():
             found = WordPieceTokenizer.of_file(folder / "vocab.txt", context_length).vocabulary
         elif (folder / "tokenizer.json").is_file():
-            model = json.loads((folder / "tokenizer.json").read_text())["model"]
+            model = read_json(folder / "tokenizer.json").get("model", {})
             if not isinstance(model.get("vocab"), dict) or "merges" in model:
                 raise FormatError(f"{folder / 'tokenizer.json'} holds no WordPiece")
             found = tuple(sorted(model["vocab"], key=model["vocab"].get))

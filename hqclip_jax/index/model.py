@@ -28,6 +28,10 @@ class _Item:
     picture: Picture
     skip: Skip | None = None
 
+    @property
+    def source(self) -> str:
+        return self.picture.name
+
 
 class _FromDisk(Embedder):
     """Reads where it decodes, and puts a blank in the place of what fails, with the reason."""

@@ -52,6 +52,13 @@ def test_a_set_that_lay_elsewhere_is_the_same_set():
     assert bare_keys(np.array(["a", "b"])).tolist() == ["a", "b"]
 
 
+def test_a_class_that_one_of_the_two_lacks_shifts_the_others_numbers():
+    found = pair(
+        items([*"abc"], [1, 0, 1], np.array([0, 1, 2])), items([*"bc"], [1, 1], np.array([0, 1]))
+    )
+    assert found.a.keys.tolist() == ["b", "c"]
+
+
 def test_other_sets_are_refused():
     with pytest.raises(ResultsError, match="no answer in common: x/a and x/b"):
         pair(items(["x/a"], [1]), items(["x/b"], [1]))

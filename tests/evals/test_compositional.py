@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hqclip_jax.evals.compositional import CHOICE, Compositional, choice_scores, join
-from hqclip_jax.evals.datasets import EvalDataError, Item, Region
+from hqclip_jax.evals.datasets import EvalDataError, Item, Pictured, Region
 from hqclip_jax.evals.outcome import Skips
 
 from .colours import picture
@@ -101,3 +101,17 @@ def test_the_model_sees_the_box(tmp_path):
     assert [e.rgb().getpixel((5, 5)) for e in found] == [(255, 0, 0), (0, 0, 255)]
     assert [e.rgb().size for e in found] == [(16, 8)] * 2
     assert found[1].source == f"{tmp_path}/two.png at 0,8,16,8"
+
+
+def test_an_image_that_comes_twice_moves_no_other(tmp_path, embedder):
+    """Each example is a row of its own, however often its picture has been seen."""
+    colours = "red", "green", "red", "blue"
+    asked = [item(str(i), [c], (c,), ("yellow",)) for i, c in enumerate(colours)]
+
+    class Repeated(InMemory):
+        def examples(self, skips):
+            for i, colour in enumerate(colours):
+                region = Region(colour)
+                yield Pictured(colour, picture(colour), region, (asked[i],))
+
+    assert Repeated("x", tmp_path / "set.json").run(embedder).scores["accuracy"] == 1

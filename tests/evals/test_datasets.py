@@ -8,6 +8,7 @@ from hqclip_jax.evals.datasets import (
     EvalDataError,
     read_captioned,
     read_contrasted,
+    read_files,
     read_tar,
     tar_files,
 )
@@ -189,3 +190,14 @@ def test_real_sets(real_data):
     coco = list(read_captioned(real_data / "coco_ccby" / "00000.tar", Skips()))
     assert {len(e.captions) for e in coco} == {5}
     assert len(coco) == 47
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    files = ["swig/1.jpg", "visdial/1.jpg", "swig/2.jpg"]
+    tar = write_tar(tmp_path / "0.tar", {f: f for f in [*files, "other/1.jpg"]})
+    skips = Skips()
+    found = [(file, image.decode()) for file, _, image in read_files(tar, files, skips)]
+    assert found == [(f, f) for f in files] and not skips.total
+    flat = write_tar(tmp_path / "1.tar", {"1.jpg": "1", "2.jpg": "2"})
+    assert [(f, i) for f, _, i in read_files(flat, files, skips)] == [("swig/2.jpg", b"2")]
+    assert skips.counts == {"an item's image is missing": 2}  # which of them 1.jpg is nobody knows

@@ -157,7 +157,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 graphdef, state = nnx.split(ColourModel(), nnx.Param)
-mesh = make_mesh(MeshConfig(fsdp=2), 4)
+mesh = make_mesh(MeshConfig(**{sys.argv[3]: int(sys.argv[4])}), 4)
 embedder = Embedder(graphdef, nnx.to_pure_dict(state), ColourTokenizer(), 8, mesh, batch=4)
 names = ["red", "green", "blue", "yellow", "cyan"]
 decoded, decode = [], embedder._decode
@@ -184,6 +184,14 @@ for readable in (0, 1, 4, 6, 8):  # at each place relative to the batches
     except (OSError, EvalDataError) as e:
         print("after", readable, e)
     assert abs(embedder.texts(names) - z).max() < 1e-6  # hosts are at one place again
+try:
+    list(embedder.images(stream[first:], skips))
+except EvalDataError as e:
+    print(str(e)[:36])
+try:
+    list(embedder.images(stream[2:] + [stream[2]] * first, skips))  # a batch more on one host
+except EvalDataError as e:
+    print("more:", str(e)[:36])
 embedder.stop = lambda: first  # one host alone
 try:
     embedder.texts(names)
@@ -194,8 +202,18 @@ print("devices", jax.device_count(), "error below 1e-6:", error < 1e-6)
 """
 
 
+EVERY = ["bad", "blue", "cyan", "green", "red", "yellow"]
+
+
 @pytest.mark.slow
-def test_two_hosts_get_all_rows(tmp_path):
+@pytest.mark.parametrize(
+    "axis, size, decoded",
+    [
+        ("fsdp", 2, (["bad", "cyan", "red", "yellow"], ["blue", "green"])),  # two rows a host
+        ("tensor", 4, (EVERY, EVERY)),  # hosts that hold the same rows
+    ],
+)
+def test_two_hosts_get_all_rows(axis, size, decoded):
     """Each of two processes, with two devices each, decodes its own rows and reads every embedding,
     and leaves out and stops at what one of them meets."""
     tests = Path(__file__).parents[1]
@@ -206,13 +224,11 @@ def test_two_hosts_get_all_rows(tmp_path):
     environment.pop("XLA_FLAGS", None)
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", HOST, address, str(i)],
+            [sys.executable, "-c", HOST, address, str(i), axis, str(size)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
-    # Batches of four, two rows a host; the last one is ragged.
-    decoded = ["bad", "cyan", "red", "yellow"], ["blue", "green"]
     failures = "gone", "another host could not read the set"
     for host, own, failure in zip(hosts, decoded, failures):
         out, err = host.communicate(timeout=100)
@@ -222,3 +238,5 @@ def test_two_hosts_get_all_rows(tmp_path):
         for readable in (0, 1, 4, 6, 8):
             assert f"after {readable} {failure}" in out
         assert "stopped" in out
+        assert "\nthe hosts read different pictures: " in out
+        assert "\nmore: the hosts read different pictures: " in out

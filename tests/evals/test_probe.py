@@ -71,8 +71,8 @@ def test_probe_learns_the_colours(folder, embedder):
     found = outcome.scores
     assert found["top1"] == outcome.items["top1"].score() == pytest.approx(17 / 20)
     assert (found["top1_chance"], found["n"], found["n_train"]) == (1 / 5, 20, 50)
-    assert found["gradient"] <= 1e-4
-    assert found["penalty"] < 1e6
+    assert outcome.settings["gradient"] <= 1e-4
+    assert outcome.settings["penalty"] < 1e6
     assert [e.source for e in evaluator.examples(Skips())] == outcome.items["top1"].keys.tolist()
 
 
@@ -149,3 +149,22 @@ def test_missing_splits(folder, embedder):
         Probe("x", folder).run(embedder)
     with pytest.raises(EvalDataError, match="no class of two images"):
         FewShot("x", folder).run(embedder)
+
+
+def test_a_probe_never_tests_on_what_it_trained_on(tmp_path, embedder):
+    """Without split folders the readers take a whole folder, for every split."""
+    for name in ("blue", "red"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture(name))
+    with pytest.raises(EvalDataError, match="train is missing: a probe needs train and test"):
+        Probe("flat", tmp_path).check()
+
+
+def test_val_has_the_classes_of_train(folder):
+    write_split(folder, "val", 2)
+    Probe("x", folder).check()
+    for split, names in (("train", "ab"), ("test", "ab"), ("val", "b")):
+        for name in names:
+            (folder / "images" / split / name).mkdir(parents=True)
+    with pytest.raises(EvalDataError, match=r"train and val have other classes: \['a'\]"):
+        Probe("x", folder / "images").check()

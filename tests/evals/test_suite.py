@@ -4,7 +4,7 @@ import pytest
 
 from hqclip_jax.evals.retrieval import Retrieval
 from hqclip_jax.evals.sugarcrepe import HardNegatives
-from hqclip_jax.evals.suite import SuiteError, known_suites, load_suite
+from hqclip_jax.evals.suite import SuiteError, known_suites, load_suite, unreadable
 from hqclip_jax.evals.zeroshot import ZeroShot
 
 from .colours import write_classification
@@ -78,3 +78,15 @@ def test_unusable_file(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(SuiteError, match=message):
         load_suite(str(file))
+
+
+def test_whatever_a_damaged_set_raises_it_is_unreadable_alone(tmp_path):
+    class Damaged(ZeroShot):
+        def check(self):
+            raise IsADirectoryError("classnames.txt")
+
+    folder = write_classification(tmp_path / "pets", {"red": 0})
+    why = unreadable(
+        [Damaged("bad", folder), ZeroShot("good", folder), ZeroShot("no", tmp_path / "x")]
+    )
+    assert why == {"bad": "IsADirectoryError: classnames.txt", "no": f"{tmp_path / 'x'} is missing"}
