@@ -197,8 +197,8 @@ class Embedder:
                 used_b[row] = False
             else:
                 pixels[row] = decoded
-        names = "\n".join(example.source for example in batch)
-        return _Ready(batch, pixels, used_b, digest=zlib.crc32(names.encode()) >> 1)
+        names = "\n".join(example.source for example in batch).encode("utf-8", "surrogateescape")
+        return _Ready(batch, pixels, used_b, digest=zlib.crc32(names) >> 1)
 
     def _decode(self, example: Example) -> np.ndarray | None:
         try:
