@@ -34,7 +34,13 @@ def results(folder):
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_two_processes_score_as_one_while_and_after_they_train(dataset, suite, tmp_path, axis):
     workdir = tmp_path / "run"
-    fields = {f"mesh.{axis}": 2, "evals.suites": suite, "evals.every": "1 steps", "evals.batch": 2}
+    fields = {
+        "mesh.fsdp": 1,
+        f"mesh.{axis}": 2,
+        "evals.suites": suite,
+        "evals.every": "1 steps",
+        "evals.batch": 2,
+    }
     train = ["-m", "hqclip_jax.train", *arguments(dataset, workdir, "2 steps", **fields)]
     with Processes([[*train, "--distributed"]] * 2, tmp_path / "train") as run:
         # One of the two is stopped in the evaluation of the first step.
