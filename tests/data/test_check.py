@@ -153,7 +153,10 @@ def test_interrupt_ends_the_processes(dataset_of, tmp_path):
 def _has_started(pid: int) -> bool:
     """Both processes and Python's resource tracker are there, and only the parent hears SIGINT."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return len(children) == 3 and all(map(_ignores, children)) and not _ignores(pid)
+    try:
+        return len(children) == 3 and all(map(_ignores, children)) and not _ignores(pid)
+    except FileNotFoundError:  # one of them has just ended
+        return False
 
 
 def _ignores(pid: int | str) -> bool:

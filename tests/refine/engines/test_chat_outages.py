@@ -31,7 +31,7 @@ class Outage:
 
 
 @pytest.mark.parametrize("what", ["503", "429", "drop", "html", "503-seconds"])
-def test_while_the_server_is_down_it_is_asked_little(connect, what):
+def test_while_the_server_is_down_it_is_asked_little(connect, what, capfd):
     outage = Outage(what, 40, 60)
     with Endpoint(outage) as endpoint:
         backend = connect(endpoint, slots=16, price_in=1.0, price_out=10.0)
@@ -40,8 +40,11 @@ def test_while_the_server_is_down_it_is_asked_little(connect, what):
         assert len({r.key for r in replies}) == 200
         assert all(json.loads(r.text) == TEXTS for r in replies)
         assert endpoint.did[what] == 60
-        # Those that were on their way when it began failed; after that only probes did.
-        assert endpoint.probes() >= 60 - 16 - 5
+        # Those that were on their way when the gate shut failed; after that only probes did. A
+        # late answer to an early request may open it once more in the midst of the outage.
+        shut = capfd.readouterr().err.count("does not answer")
+        assert 1 <= shut <= 2
+        assert endpoint.probes() >= 60 - shut * (16 + 5)
         assert backend.counters()["probes"] == endpoint.probes()
         assert faults(backend) == {KINDS[what]: 60}
         if what != "html":  # which a server may bill
