@@ -23,7 +23,7 @@ log = logging.getLogger("hqclip_jax.evals")
 SPLITS = {"train", "val", "validation", "test"}
 
 
-def printable(path: Path | str) -> str:
+def utf8_name(path: Path | str) -> str:
     """The path as text that any log or JSON takes: a file name may hold bytes that are no UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -47,7 +47,7 @@ class ImageFolder:
         folders = tuple(f for f in folders if not f.name.startswith("."))
         if not folders:
             raise EvalDataError(f"{root} holds no folder per class")
-        raw = [printable(f.name) for f in folders]
+        raw = [utf8_name(f.name) for f in folders]
         if SPLITS.issuperset(raw):
             raise EvalDataError(
                 f"{root} holds {', '.join(raw)} and no {split}: name one as the set's `split`"
@@ -63,9 +63,9 @@ class ImageFolder:
                 if file.suffix[1:].lower() in IMAGE_SUFFIXES:
                     image = read_image(file, skips)
                     if image is not None:
-                        yield Labelled(printable(file), image, label)
+                        yield Labelled(utf8_name(file), image, label)
                 else:
-                    skips.add(f"no image (.{', .'.join(IMAGE_SUFFIXES)})", printable(file))
+                    skips.add(f"no image (.{', .'.join(IMAGE_SUFFIXES)})", utf8_name(file))
 
 
 def read_image(file: Path, skips: Skips) -> bytes | None:
@@ -73,9 +73,9 @@ def read_image(file: Path, skips: Skips) -> bytes | None:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        skips.add("image is missing", printable(file))
+        skips.add("image is missing", utf8_name(file))
     except OSError as e:
-        skips.add("image can't be read", f"{printable(file)}: {e.strerror}")
+        skips.add("image can't be read", f"{utf8_name(file)}: {e.strerror}")
     return None
 
 
@@ -115,7 +115,7 @@ class CaptionFile:
 
     def check(self) -> None:
         """Logs which images are not there. Raises EvalDataError where none is."""
-        missing = [printable(file) for file in self.captions if not file.is_file()]
+        missing = [utf8_name(file) for file in self.captions if not file.is_file()]
         if len(missing) == len(self.captions):
             raise EvalDataError(f"none of the images of {self.path} is there, such as {missing[0]}")
         if missing:
@@ -125,9 +125,9 @@ class CaptionFile:
     def examples(self, skips: Skips) -> Iterator[Captioned]:
         for file, captions in self.captions.items():
             if not captions:
-                skips.add("image has no caption", printable(file))
+                skips.add("image has no caption", utf8_name(file))
             elif (image := read_image(file, skips)) is not None:
-                yield Captioned(printable(file), image, captions)
+                yield Captioned(utf8_name(file), image, captions)
 
 
 def _coco(stored: dict, images: Path, split: str) -> dict[Path, tuple[str, ...]]:

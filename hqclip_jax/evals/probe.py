@@ -19,7 +19,7 @@ from hqclip_jax.evals.logistic import Classifier, Regression
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 from hqclip_jax.evals.ranking import first_match_ranks
 from hqclip_jax.evals.tfds import is_tfds
-from hqclip_jax.evals.zeroshot import classification_scores
+from hqclip_jax.evals.zeroshot import classification_items, classification_scores
 
 log = logging.getLogger("hqclip_jax.evals")
 
@@ -180,12 +180,7 @@ class Probe(_Trained):
         scores = classification_scores(rank_n, test.label_n, classes)
         scores["n_train"] = len(train.keys) + len(validation.keys)
         settings = {"penalty": penalty, "gradient": classifier.gradient}
-        keys, right_n = np.array(test.keys), (rank_n < 1).astype(np.float32)
-        items = {
-            "top1": Items(keys, right_n),
-            "top5": Items(keys, (rank_n < 5).astype(np.float32)),
-            "mean_per_class": Items(keys, right_n, test.label_n),
-        }
+        items = classification_items(np.array(test.keys), rank_n, test.label_n)
         return Outcome(scores, "top1", items, skips, settings=settings)
 
 

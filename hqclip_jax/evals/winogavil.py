@@ -16,7 +16,7 @@ import numpy as np
 
 from hqclip_jax.evals.datasets import EvalDataError, Example, read_text
 from hqclip_jax.evals.embed import Embedder
-from hqclip_jax.evals.folders import printable, read_image
+from hqclip_jax.evals.folders import read_image, utf8_name
 from hqclip_jax.evals.metrics import jaccard, mean_by_group
 from hqclip_jax.evals.outcome import Items, Outcome, Skips
 
@@ -103,7 +103,7 @@ class WinoGAViL:
         for name in names:
             file = self.path / IMAGES / f"{name}.jpg"
             if (image := read_image(file, skips)) is not None:
-                yield Named(printable(file), image, name)
+                yield Named(utf8_name(file), image, name)
 
     def run(self, embedder: Embedder) -> Outcome:
         self.check()

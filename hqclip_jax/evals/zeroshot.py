@@ -86,13 +86,15 @@ def classification_scores(
     }
 
 
-def classification_items(found: Answers) -> dict[str, Items]:
-    """The answers behind each score."""
-    right_n = (found.ranks < 1).astype(np.float32)
+def classification_items(
+    key_n: np.ndarray, rank_n: np.ndarray, label_n: np.ndarray
+) -> dict[str, Items]:
+    """The answers behind each of `classification_scores`."""
+    right_n = (rank_n < 1).astype(np.float32)
     return {
-        "top1": Items(found.keys, right_n),
-        "top5": Items(found.keys, (found.ranks < 5).astype(np.float32)),
-        "mean_per_class": Items(found.keys, right_n, found.labels),
+        "top1": Items(key_n, right_n),
+        "top5": Items(key_n, (rank_n < 5).astype(np.float32)),
+        "mean_per_class": Items(key_n, right_n, label_n),
     }
 
 
@@ -177,7 +179,7 @@ class ZeroShot:
     def run(self, embedder: Embedder) -> Outcome:
         skips = Skips()
         found = self._answers(embedder, self._open(), skips)
-        items = classification_items(found)
+        items = classification_items(found.keys, found.ranks, found.labels)
         scores = classification_scores(found.ranks, found.labels, len(found.classnames))
         if self.main == "f1_macro":
             items["f1_macro"] = f1_items(found)

@@ -1,6 +1,7 @@
 """A model whose embeddings can be worked out by hand: colours, in pictures and in words."""
 
 import io
+import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,3 +84,19 @@ def write_classification(folder: Path, labels: Mapping[str, int]) -> Path:
     (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing\nsome {c}\n")
     return folder
+
+
+def write_suite(folder: Path) -> Path:
+    """A suite file beside a classification set, a retrieval set, and one that is not there."""
+    write_classification(folder / "zs", {c: i for i, c in enumerate(COLOURS)})
+    members: dict[str, bytes | str] = {}
+    for colour in COLOURS:
+        members |= {f"{colour}.png": picture(colour), f"{colour}.txt": f"a {colour} wall"}
+    write_tar(folder / "pairs.tar", members)
+    sets = [
+        {"task": "zeroshot", "name": "colours", "path": "zs"},
+        {"task": "retrieval", "name": "walls", "path": "pairs.tar"},
+        {"task": "zeroshot", "name": "gone", "path": "gone"},
+    ]
+    (folder / "suite.json").write_text(json.dumps({"sets": sets}))
+    return folder / "suite.json"

@@ -13,24 +13,12 @@ from hqclip_jax.evals.zeroshot import ZeroShot
 from hqclip_jax.telemetry import read_metrics
 from tests.test_train import arguments, error_of, params
 
-from .colours import COLOURS, picture, write_classification, write_tar
+from .colours import write_suite
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
-    write_classification(folder / "zs", {c: i for i, c in enumerate(COLOURS)})
-    members = {}
-    for colour in COLOURS:
-        members |= {f"{colour}.png": picture(colour), f"{colour}.txt": f"a {colour} wall"}
-    write_tar(folder / "pairs.tar", members)
-    sets = [
-        {"task": "zeroshot", "name": "colours", "path": "zs"},
-        {"task": "retrieval", "name": "walls", "path": "pairs.tar"},
-        {"task": "zeroshot", "name": "gone", "path": "gone"},
-    ]
-    (folder / "suite.json").write_text(json.dumps({"sets": sets}))
-    return folder / "suite.json"
+    return write_suite(tmp_path_factory.mktemp("suite"))
 
 
 def command(dataset, workdir, suite, duration="4 steps", **more):

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from hqclip_jax.evals.datasets import EvalDataError
-from hqclip_jax.evals.folders import CaptionFile, ImageFolder, printable
+from hqclip_jax.evals.folders import CaptionFile, ImageFolder, utf8_name
 from hqclip_jax.evals.outcome import Skips
 from hqclip_jax.evals.retrieval import Retrieval
 from hqclip_jax.evals.zeroshot import ZeroShot
@@ -61,7 +61,7 @@ def test_names_that_are_no_utf8_can_be_printed(tmp_path):
     folder.mkdir()
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"A")
     (example,) = ImageFolder.open(tmp_path, "test", None, None).examples(Skips())
-    assert example.source == printable(folder / os.fsdecode(b"caf\xe9.png"))
+    assert example.source == utf8_name(folder / os.fsdecode(b"caf\xe9.png"))
     assert example.source.encode().endswith(rb"caf\xe9.png")
 
 

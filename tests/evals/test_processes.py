@@ -8,23 +8,14 @@ import pytest
 from tests.processes import Processes
 from tests.test_train import arguments
 
-from .colours import COLOURS, picture, write_classification, write_tar
+from .colours import write_suite
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def suite(tmp_path):
-    write_classification(tmp_path / "zs", {c: i for i, c in enumerate(COLOURS)})
-    members = {f"{c}.{end}": x for c in COLOURS for end, x in (("png", picture(c)), ("txt", c))}
-    write_tar(tmp_path / "pairs.tar", members)
-    sets = [
-        {"task": "zeroshot", "name": "colours", "path": "zs"},
-        {"task": "retrieval", "name": "words", "path": "pairs.tar"},
-        {"task": "zeroshot", "name": "gone", "path": "gone"},
-    ]
-    (tmp_path / "suite.json").write_text(json.dumps({"sets": sets}))
-    return tmp_path / "suite.json"
+    return write_suite(tmp_path)
 
 
 def results(folder):
